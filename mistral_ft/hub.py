@@ -1,0 +1,62 @@
+"""From a model's name to a folder: a local one as it is, a hub id through the local cache."""
+
+import os
+import re
+from pathlib import Path
+
+from mistral_ft.errors import UserError
+
+# The hub repository also holds the weights a second time, in Mistral's own format; nobody here reads those.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHT_FILES = ("model*.safetensors",)
+
+
+def find_model_folder(model_id: str, weights: bool = True) -> Path:
+    """The folder of a model; a hub id is downloaded unless the cache has it.
+
+    Args:
+        model_id: a folder, or a hub id such as "mistralai/Mistral-Small-3.1-24B-Instruct-2503".
+        weights: False fetches the small files only, so that data can be checked before a long download.
+
+    Raises:
+        UserError: if there is no such folder or model, or the hub refuses it or cannot be reached.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
+        raise UserError(f"{model_id}: no such folder, and no hub id such as mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+    try:
+        return Path(_download(model_id, SMALL_FILES + (WEIGHT_FILES if weights else ())))
+    except UserError:
+        raise
+    except Exception as error:
+        raise _explain(model_id, error) from error
+
+
+def _download(model_id: str, patterns: tuple[str, ...]) -> str:
+    from huggingface_hub import snapshot_download  # slow to import, and local folders do without
+
+    return snapshot_download(model_id, allow_patterns=list(patterns))
+
+
+def _explain(model_id: str, error: Exception) -> Exception:
+    """What a failed download means for the user; errors that are not the hub's come back as they are."""
+    from huggingface_hub import errors
+
+    token = "HF_TOKEN" in os.environ
+    cause = error
+    while cause is not None:  # the refusal can hide behind the error of the cache that was tried next
+        if isinstance(cause, errors.GatedRepoError):
+            how = "its account has no access" if token else "none is set"
+            return UserError(
+                f"{model_id} is gated: accept its terms on https://huggingface.co/{model_id}, then set HF_TOKEN to a "
+                f"token of that account ({how})"
+            )
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            how = "or HF_TOKEN has no access to it" if token else "or it is private and HF_TOKEN is not set"
+            return UserError(f"{model_id}: no such folder here and no such model on the hub, {how}")
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError)):
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        return UserError(f"{model_id}: no such folder here, not in the hub's local cache, and {why}")
+    return error

@@ -1,0 +1,118 @@
+"""Pages: one way to open an image and one way to turn it into the numbers the model was trained on.
+
+The fit and the numbers are those of transformers' Pixtral image processor, without torchvision: a page is shrunk to
+fit into `longest_edge`, then stretched to whole cells of `cell_size` pixels (patch size 14 x merge size 2), so that one
+cell is one image token.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mistral_ft.errors import UserError
+from mistral_ft.files import read_json
+
+
+@dataclass(frozen=True)
+class ImageFitter:
+    """Turns pages into pixel arrays.
+
+    Attributes:
+        cell_size: pixels along the edge of one image token.
+        longest_edge: pixels that the longer side of a page may have.
+        mean, std: per channel (red, green, blue), of values in 0..1.
+        resample: the PIL resampling filter.
+    """
+
+    cell_size: int
+    longest_edge: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "ImageFitter":
+        """Read preprocessor_config.json and config.json of a model folder.
+
+        Raises:
+            UserError: if one is missing, or asks for something other than resize, rescale by 1/255 and normalise.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: missing; a model that takes images has one")
+        config, settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if settings.get(name, True) is not True:
+                raise UserError(f"{folder / 'preprocessor_config.json'}: {name} is off, which is not supported")
+        if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
+            raise UserError(f"{folder / 'preprocessor_config.json'}: rescale_factor is not 1/255, not supported")
+        return cls(
+            cell_size=config["vision_config"]["patch_size"] * config.get("spatial_merge_size", 1),
+            longest_edge=settings["size"]["longest_edge"],
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+            resample=settings.get("resample", Image.Resampling.BICUBIC),
+        )
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """The (rows, columns) of image tokens of a page of `width` x `height` pixels.
+
+        Raises:
+            ValueError: if the page is so thin that nothing is left of its short side.
+        """
+        ratio = max(width / self.longest_edge, height / self.longest_edge)
+        if ratio > 1:
+            width, height = math.floor(width / ratio), math.floor(height / ratio)
+        if not width or not height:
+            raise ValueError(f"the image is too thin: fitted into {self.longest_edge} px it has no pixel left")
+        return math.ceil(height / self.cell_size), math.ceil(width / self.cell_size)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """The page as float32 of shape (3, rows * cell_size, columns * cell_size), normalised."""
+        rows, columns = self.grid(*image.size)
+        resized = image.resize((columns * self.cell_size, rows * self.cell_size), self.resample)
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
+        offset = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        return np.ascontiguousarray((np.asarray(resized, np.float32) * scale + offset).transpose(2, 0, 1))
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Open, decode and turn upright one page, as RGB. Transparency becomes white paper.
+
+    Raises:
+        ValueError: why it cannot be opened, in one line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"image {path} does not exist")
+    if path.is_dir():
+        raise ValueError(f"image {path} is a folder")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
+            return to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"image {path} cannot be opened: {reason}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB: alpha on white, and 16-bit, 32-bit and float greys scaled to 8 bits instead of clipped."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        # Files do not store their full scale: take the smallest usual one that holds the brightest value.
+        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
+        full_scale = next((scale for scale in usual if values.max() <= scale), values.max())
+        image = Image.fromarray((values.clip(0) * (255 / full_scale)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")

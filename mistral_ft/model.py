@@ -1,0 +1,145 @@
+"""Loading models, and a vision path that costs what the pages cost."""
+
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Mistral3ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
+
+from mistral_ft.errors import UserError
+from mistral_ft.files import read_json
+
+# Patches that go through the vision tower at once: about three full pages. More make it no faster and cost memory.
+MAX_TOWER_PATCHES = 32768
+
+
+class PageMistral3Model(Mistral3Model):
+    """Mistral3Model whose images never see each other in the vision tower.
+
+    transformers joins all images of a batch into one sequence under a dense block mask: time and memory grow with the
+    square of all patches together. Here images of one size form a batch with no mask at all. Only the last layer's
+    output is kept, and parts that do not learn keep no graph.
+    """
+
+    def get_image_features(self, pixel_values, image_sizes, vision_feature_layer=None, **kwargs):
+        """Encode images.
+
+        Args:
+            pixel_values: float of shape (images, 3, height, width), padded on the right and below.
+            image_sizes: int of shape (images, 2): each one's own (height, width) in pixels.
+
+        Returns:
+            An output whose `pooler_output` is a list of tensors of shape (tokens of the image, hidden size).
+        """
+        assert self.config.vision_feature_layer == -1, "load_base refuses other layers"
+        groups = defaultdict(list)
+        sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
+        for index, size in enumerate(sizes):
+            groups[size].append(index)
+        features: list[torch.Tensor | None] = [None] * len(sizes)
+        patch = self.vision_tower.patch_size
+        for (height, width), indices in groups.items():
+            at_once = max(1, MAX_TOWER_PATCHES // ((height // patch) * (width // patch)))
+            for start in range(0, len(indices), at_once):
+                chosen = indices[start : start + at_once]
+                pages = self._encode_pages(pixel_values[chosen, :, :height, :width])
+                for index, page in zip(chosen, pages, strict=True):
+                    features[index] = page
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    def _encode_pages(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images of one size, (images, 3, height, width), to features of shape (images, tokens, hidden size)."""
+        count, _, height, width = pixel_values.shape
+        with _grad_if_trained(self.vision_tower):
+            hidden = self._run_tower(pixel_values)
+        with _grad_if_trained(self.vision_tower, self.multi_modal_projector):
+            features = self.multi_modal_projector(hidden.flatten(0, 1), [(height, width)] * count)
+        return features.unflatten(0, (count, -1))
+
+    def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """PixtralVisionModel.forward for images of one size, without its mask: (images, patches, vision hidden size)."""
+        tower = self.vision_tower
+        patches = tower.patch_conv(pixel_values.to(tower.patch_conv.weight.dtype))
+        rows, columns = patches.shape[-2:]
+        hidden = tower.ln_pre(patches.flatten(2).transpose(1, 2))
+        positions = torch.cartesian_prod(
+            torch.arange(rows, device=hidden.device), torch.arange(columns, device=hidden.device)
+        )
+        rotary = tower.patch_positional_embedding(hidden, positions)
+        return tower.transformer(
+            hidden, attention_mask=None, position_embeddings=rotary, return_dict=True
+        ).last_hidden_state
+
+
+def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
+    trained = any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    return torch.set_grad_enabled(trained and torch.is_grad_enabled())
+
+
+def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForConditionalGeneration:
+    """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
+
+    Raises:
+        UserError: if the folder holds no Mistral3 model, or lacks weights that the model needs.
+    """
+    folder = Path(folder)
+    check_model_folder(folder)
+    try:
+        model, report = Mistral3ForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            device_map={"": device} if device.type == "cuda" else None,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: cannot load the weights: {str(error).splitlines()[0]}") from error
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
+    model.model.__class__ = PageMistral3Model
+    return model
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse what is no Mistral3 model folder, before anything slow starts.
+
+    Raises:
+        UserError: what is missing or different.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so {folder} is no model folder")
+    config = read_json(path)
+    if config.get("model_type") != "mistral3":
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; supported is 'mistral3'")
+    if config.get("vision_feature_layer", -1) != -1:
+        raise UserError(f"{path}: vision_feature_layer is {config['vision_feature_layer']}; supported is -1, the last")
+
+
+def pick_device(gpu_memory_gib: float | None = None) -> torch.device:
+    """The first GPU, else the CPU.
+
+    Args:
+        gpu_memory_gib: the memory to get by with, as on a smaller card; None takes all there is.
+
+    Raises:
+        UserError: if the card has less than that, or there is no GPU to limit.
+    """
+    if not torch.cuda.is_available():
+        if gpu_memory_gib is not None:
+            raise UserError("--gpu_memory_gib: there is no GPU here to limit")
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if gpu_memory_gib is not None:
+        there = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if not 0 < gpu_memory_gib <= there:
+            raise UserError(f"--gpu_memory_gib {gpu_memory_gib:g}: the card has {math.floor(there * 10) / 10} GiB")
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_gib / there, device)
+    return device

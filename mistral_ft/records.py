@@ -1,0 +1,227 @@
+"""Records: one JSON object per line, checked before anything costly starts.
+
+    {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, ...}
+
+A block is {"type": "text", "text": str} or {"type": "image", "image": PATH}. Fields that are not named here are the
+user's and travel through predict untouched.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_ft.errors import RecordError, UserError, raise_all
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked line of a JSONL file.
+
+    Attributes:
+        path: the file.
+        line: line number in it, from 1.
+        data: the line's JSON object, as the user wrote it.
+        images_dir: the folder that image paths are relative to.
+    """
+
+    path: Path
+    line: int
+    data: dict[str, Any]
+    images_dir: Path
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return self.data["messages"]
+
+    @property
+    def expected(self) -> str | None:
+        return self.data.get("expected")
+
+    @property
+    def image_paths(self) -> list[Path]:
+        """Every image of the record, in the order in which the prompt shows them."""
+        return [
+            self.images_dir / block["image"]
+            for message in self.messages
+            if isinstance(message.get("content"), list)
+            for block in message["content"]
+            if block["type"] == "image"
+        ]
+
+    def error(self, reason: str) -> RecordError:
+        """A `RecordError` that names this record."""
+        return RecordError(self.path, self.line, reason)
+
+
+def read_records(
+    paths: Sequence[str | os.PathLike], images_dir: str | os.PathLike | None = None, expected_required: bool = False
+) -> list[Record]:
+    """Read and check the records of one or more JSONL files.
+
+    Args:
+        paths: the files, read in this order.
+        images_dir: folder of the images; by default each file's own.
+        expected_required: refuse records without `expected`, as training and scoring need it.
+
+    Raises:
+        UserError: if a file cannot be read or holds no record, or for bad records: the first in full, the others by
+            line number.
+    """
+    records: list[Record] = []
+    for path in map(Path, paths):
+        errors: list[RecordError] = []
+        folder = Path(images_dir) if images_dir is not None else path.parent
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
+        before = len(records)
+        for line, data in read_jsonl(path, errors):
+            try:
+                check_record(data, expected_required)
+            except ValueError as error:
+                errors.append(RecordError(path, line, str(error)))
+            else:
+                records.append(Record(path, line, data, folder))
+        raise_all(errors)
+        if len(records) == before:
+            raise UserError(f"{path}: holds no record; expected one JSON object per line")
+    return records
+
+
+def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) for every line of a JSONL file; lines that are no JSON object go to `errors`.
+
+    Raises:
+        UserError: if the file cannot be read as one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                # utf-8-sig: a byte order mark, as some editors write it, is no part of the first record.
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                data = json.loads(text)
+                if not isinstance(data, dict):
+                    raise ValueError(f"expected a JSON object, got {_kind(data)}")
+            except UnicodeDecodeError as error:
+                errors.append(RecordError(path, line, f"not UTF-8 text: {error.reason} at byte {error.start + 1}"))
+            except json.JSONDecodeError as error:
+                errors.append(RecordError(path, line, _explain(text, error)))
+            except ValueError as error:
+                errors.append(RecordError(path, line, str(error)))
+            else:
+                yield line, data
+
+
+def _explain(text: str, error: json.JSONDecodeError) -> str:
+    """One line about broken JSON that says what to mend, where the usual cause can be told."""
+    before = text[: error.pos].rstrip()
+    if text.lstrip()[:1] == "[" or text.strip() == "{":
+        return "not one JSON object per line: write each record on a line of its own, with no list around them"
+    if before.endswith(",") and text[error.pos :].lstrip()[:1] in "}]" and text[error.pos :].strip():
+        return f"trailing comma before column {error.pos + 1}: JSON allows none, remove it"
+    if re.search(r",\s*$", before) and "Illegal trailing comma" in error.msg:
+        return f"trailing comma at column {len(before)}: JSON allows none, remove it"
+    if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
+        return f"the line ends in the middle of the record (column {len(text.rstrip())}): is the file cut off?"
+    return f"not JSON: {error.msg} at column {error.pos + 1}"
+
+
+def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
+    """Check one record's shape.
+
+    Raises:
+        ValueError: what is wrong, in one line, without the place.
+    """
+    messages = data.get("messages")
+    if messages is None:
+        raise ValueError("no `messages`; expected a list of messages with `role` and `content`")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`messages` must be a list of at least one message, got {_kind(messages)}")
+    for number, message in enumerate(messages, 1):
+        try:
+            _check_message(message, messages[number - 2] if number > 1 else None)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    last = messages[-1]["role"]
+    if last not in ("user", "tool"):
+        raise ValueError(f"the last message must be the user's, got {last!r}; the answer to learn goes in `expected`")
+    if all(m["role"] != "user" for m in messages):
+        raise ValueError("no message has role 'user'")
+
+    expected = data.get("expected")
+    if expected is None:
+        if expected_required:
+            raise ValueError("no `expected`: the answer to learn and to score against")
+    elif not isinstance(expected, str):
+        raise ValueError(f"`expected` must be a string, got {_kind(expected)}; put JSON answers in quotes")
+    else:
+        _check_text(expected, "`expected`")
+
+
+def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"expected an object with `role` and `content`, got {_kind(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; expected one of {', '.join(ROLES)}")
+    if role == "system" and previous is not None and previous["role"] not in ("system", "user"):
+        raise ValueError(f"a system message cannot follow a message of role {previous['role']!r}")
+    if role == "tool" and (previous is None or previous["role"] not in ("assistant", "tool")):
+        raise ValueError("a tool message must follow the assistant's tool call")
+
+    if isinstance(content, str):
+        _check_text(content, "`content`")
+    elif isinstance(content, list):
+        for number, block in enumerate(content, 1):
+            try:
+                _check_block(block, role)
+            except ValueError as error:
+                raise ValueError(f"block {number}: {error}") from None
+    elif content is not None or not message.get("tool_calls"):
+        raise ValueError(f"`content` must be a string or a list of blocks, got {_kind(content)}")
+    if role == "assistant" and not content and not message.get("tool_calls"):
+        raise ValueError("an assistant message says nothing: it needs `content` or `tool_calls`")
+
+
+def _check_block(block: Any, role: str) -> None:
+    if not isinstance(block, dict):
+        raise ValueError(f"expected an object with `type`, got {_kind(block)}")
+    kind = block.get("type")
+    if kind == "text":
+        if not isinstance(block.get("text"), str):
+            raise ValueError(f"`text` must be a string, got {_kind(block.get('text'))}")
+        _check_text(block["text"], "`text`")
+    elif kind == "image":
+        if role != "user":
+            raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
+        if not isinstance(block.get("image"), str) or not block["image"]:
+            raise ValueError(f"`image` must be the path of an image file, got {_kind(block.get('image'))}")
+    else:
+        raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")
+
+
+def _check_text(text: str, name: str) -> None:
+    # JSON can spell half a surrogate pair ("\ud83d"), which is no text and which no tokenizer can encode.
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{name} holds half a surrogate pair, which is no valid text")
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    if isinstance(value, str) and not value:
+        return "an empty string"
+    return names.get(type(value), f"the number {value}")
