@@ -23,7 +23,9 @@ class RecordDataset:
     are all `IGNORE_INDEX` if `with_answers` is False.
     """
 
-    def __init__(self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, with_answers: bool = True):
+    def __init__(
+        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, with_answers: bool = True
+    ):
         self.records = records
         self.encoder = encoder
         self.fitter = fitter

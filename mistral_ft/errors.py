@@ -1,8 +1,10 @@
 """Errors a user can mend, and the one place where they become a line on stderr."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -21,6 +23,7 @@ class RecordError(UserError):
     def __init__(self, path: str | os.PathLike, line: int, reason: str):
         super().__init__(f"{path}:{line}: {reason}")
         self.line = line
+        self.reason = reason
 
 
 def raise_all(errors: Sequence[RecordError], shown: int = 20) -> None:
@@ -37,6 +40,17 @@ def raise_all(errors: Sequence[RecordError], shown: int = 20) -> None:
         more = ", …" if len(others) > shown else ""
         text += f" (and {len(others)} more bad rows, on lines {', '.join(others[:shown])}{more})"
     raise UserError(text)
+
+
+class OneLineErrors:
+    """Mix-in for argument parsers: a wrong argument is a `UserError` instead of pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class ArgumentParser(OneLineErrors, argparse.ArgumentParser):
+    """argparse's parser, with errors of one line."""
 
 
 def run_step(main: Callable[[], int | None]) -> None:

@@ -45,13 +45,20 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
-            fsync_path(file)
+            if file.is_file():
+                settle(file)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def settle(path: str | os.PathLike) -> None:
+    """Give a file the permissions open() would have given (safetensors writes for its owner alone) and fsync it."""
+    os.chmod(path, 0o666 & ~_umask())
+    fsync_path(path)
 
 
 def fsync_path(path: str | os.PathLike) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mistral_ft.errors import UserError
 
+MODEL_ID = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+
 # The hub repository also holds the weights a second time, in Mistral's own format; nobody here reads those.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("model*.safetensors",)
@@ -24,7 +26,9 @@ def find_model_folder(model_id: str, weights: bool = True) -> Path:
     if Path(model_id).is_dir():
         return Path(model_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
-        raise UserError(f"{model_id}: no such folder, and no hub id such as mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+        raise UserError(
+            f"{model_id}: no such folder, and no hub id such as mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+        )
     try:
         return Path(_download(model_id, SMALL_FILES + (WEIGHT_FILES if weights else ())))
     except UserError:

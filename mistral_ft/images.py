@@ -5,13 +5,15 @@ fit into `longest_edge`, then stretched to whole cells of `cell_size` pixels (pa
 cell is one image token.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_json
@@ -88,6 +90,25 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     Raises:
         ValueError: why it cannot be opened, in one line.
     """
+    with _opened(path) as image:
+        image.load()
+        # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def page_size(path: str | os.PathLike) -> tuple[int, int]:
+    """The (width, height) in pixels that `open_image` would give, from the file's header.
+
+    Raises:
+        ValueError: why it cannot be opened, in one line.
+    """
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"image {path} does not exist")
@@ -95,9 +116,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"image {path} is a folder")
     try:
         with Image.open(path) as image:
-            image.load()
-            # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
         raise ValueError(f"image {path} cannot be opened: {reason}") from None

@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import Mistral3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
+from transformers.utils import logging
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_json
@@ -62,7 +65,7 @@ class PageMistral3Model(Mistral3Model):
         return features.unflatten(0, (count, -1))
 
     def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """PixtralVisionModel.forward for images of one size, without its mask: (images, patches, vision hidden size)."""
+        """PixtralVisionModel.forward without its mask, for images of one size: (images, patches, hidden size)."""
         tower = self.vision_tower
         patches = tower.patch_conv(pixel_values.to(tower.patch_conv.weight.dtype))
         rows, columns = patches.shape[-2:]
@@ -143,3 +146,17 @@ def pick_device(gpu_memory_gib: float | None = None) -> torch.device:
             raise UserError(f"--gpu_memory_gib {gpu_memory_gib:g}: the card has {math.floor(there * 10) / 10} GiB")
         torch.cuda.set_per_process_memory_fraction(gpu_memory_gib / there, device)
     return device
+
+
+def print_peak_memory(device: torch.device) -> None:
+    """Say how much memory torch had reserved on the GPU, at most; nothing on a CPU."""
+    if device.type == "cuda":
+        print(f"Peak GPU memory {torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the user's screen; their progress bars stay, on a terminal."""
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

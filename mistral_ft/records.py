@@ -126,13 +126,12 @@ def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[t
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:
     """One line about broken JSON that says what to mend, where the usual cause can be told."""
-    before = text[: error.pos].rstrip()
     if text.lstrip()[:1] == "[" or text.strip() == "{":
         return "not one JSON object per line: write each record on a line of its own, with no list around them"
-    if before.endswith(",") and text[error.pos :].lstrip()[:1] in "}]" and text[error.pos :].strip():
-        return f"trailing comma before column {error.pos + 1}: JSON allows none, remove it"
-    if re.search(r",\s*$", before) and "Illegal trailing comma" in error.msg:
-        return f"trailing comma at column {len(before)}: JSON allows none, remove it"
+    for comma in re.finditer(r",\s*[}\]]", text):
+        # Python 3.13 points at the comma, older ones at what follows it.
+        if comma.start() <= error.pos < comma.end():
+            return f"trailing comma at column {comma.start() + 1}: JSON allows none, remove it"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
         return f"the line ends in the middle of the record (column {len(text.rstrip())}): is the file cut off?"
     return f"not JSON: {error.msg} at column {error.pos + 1}"

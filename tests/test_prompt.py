@@ -1,5 +1,6 @@
 """Token ids equal mistral-common's own, and labels cover the answer and nothing else."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -140,10 +141,12 @@ def test_saved_folder_has_a_template_that_writes_what_the_encoder_writes(tmp_pat
 
     save_prompt_files(TINY, tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    plain = [c for c in CONVERSATIONS if not any(mark in str(c) for mark in ("[INST]", "[IMG]", "</s>", "<pad>", "TOOL"))]
+    plain = [
+        c for c in CONVERSATIONS if not any(mark in str(c) for mark in ("[INST]", "[IMG]", "</s>", "<pad>", "TOOL"))
+    ]
     compared = 0
     for messages, _, tools in plain:
-        if any(a["role"] == b["role"] for a, b in zip(messages, messages[1:], strict=False)) or "''" in str(messages):
+        if any(a["role"] == b["role"] for a, b in itertools.pairwise(messages)) or "''" in str(messages):
             continue  # the encoder joins these first, and drops empty texts
         images = str(messages).count("page.png")
         prompt = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)

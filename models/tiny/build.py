@@ -25,14 +25,16 @@ CONTROL_TOKENS = (
 
 # The pattern that the hub's tokenizer.json has instead of Tekken's: it is Llama 3's.
 WRONG_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # Like the hub's: string content is refused in system messages, and who writes none gets one with a date.
 DATED_TEMPLATE = """\
 {%- set today = strftime_now("%Y-%m-%d") %}
-{%- set default_system_message = "You are Mistral Small 3, a Large Language Model (LLM) created by Mistral AI, a French \
-startup headquartered in Paris.\\nYour knowledge base was last updated on 2023-10-01. The current date is " + today + "." %}
+{%- set default_system_message = "You are Mistral Small 3, a Large Language Model (LLM) created by Mistral AI, a \
+French startup headquartered in Paris.\\nYour knowledge base was last updated on 2023-10-01. The current date is " + \
+today + "." %}
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content'][0]['text'] %}
@@ -63,8 +65,8 @@ def tiny_config():
             head_dim=32, vocab_size=4096, max_position_embeddings=32768, rope_theta=1e6,
         ),
         vision=dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=3, head_dim=32),
-        # With the usual 0.02 a frozen head this small cannot reach a low loss.
-        initializer_range=0.06,
+        # The head stays frozen: with the usual 0.02 its logits are too small for a low loss, whatever is learned.
+        initializer_range=0.12,
     )  # fmt: skip
 
 
@@ -82,7 +84,8 @@ def mistral3_config(text: dict, vision: dict, initializer_range: float = 0.02):
     )  # fmt: skip
     return Mistral3Config(
         text_config=text, vision_config=vision, image_token_index=10, spatial_merge_size=MERGE_SIZE,
-        multimodal_projector_bias=False, vision_feature_layer=-1, projector_hidden_act="gelu", tie_word_embeddings=False,
+        multimodal_projector_bias=False, vision_feature_layer=-1, projector_hidden_act="gelu",
+        tie_word_embeddings=False,
     )  # fmt: skip
 
 

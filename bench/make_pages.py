@@ -1,0 +1,41 @@
+"""Draw pages of the size of scans, 900 to 1540 pixels on the longer side, with answers of 4 to 60 tokens.
+
+python -m bench.make_pages /tmp/pages --count 64
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dataset.make_dataset import BODY, QUESTION, wrap
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    rng = random.Random(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with open(args.output / "pages.jsonl", "w", encoding="utf-8") as file:
+        for number in range(args.count):
+            height = rng.randint(900, 1540)
+            page = Image.new("L", (round(height * rng.uniform(0.7, 0.8)), height), 255)
+            draw, font = ImageDraw.Draw(page), ImageFont.load_default(22)
+            words = rng.choices(BODY, k=600)
+            for y, line in enumerate(wrap(draw, words, font, page.width - 120)):
+                draw.text((60, 80 + 30 * y), line, 20, font)
+            page.save(args.output / f"{number}.png")
+            content = [{"type": "text", "text": QUESTION}, {"type": "image", "image": f"{number}.png"}]
+            expected = " ".join(rng.choices(BODY, k=rng.randint(3, 50)))
+            record = {"id": number, "messages": [{"role": "user", "content": content}], "expected": expected}
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

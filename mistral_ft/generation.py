@@ -1,0 +1,218 @@
+"""Answering records: which folders, which batches, and the model at work."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+
+from mistral_ft.data import Collator, RecordDataset, encode_record
+from mistral_ft.errors import RecordError, UserError
+from mistral_ft.files import read_json, sha256_file
+from mistral_ft.hub import find_model_folder
+from mistral_ft.images import ImageFitter, page_size
+from mistral_ft.lora import Adapter
+from mistral_ft.model import check_model_folder, load_base
+from mistral_ft.prompt import PromptEncoder
+from mistral_ft.records import Record
+from mistral_ft.run_folder import find_run_folder, read_run
+
+# Padded tokens of a batch, at most: on the 24B their prefill takes about 15 GiB beside the weights' 45.
+MAX_BATCH_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """Where a model's parts are.
+
+    Attributes:
+        base: hub id or folder of the base or merged model.
+        adapter: the adapter on top of it, or None.
+    """
+
+    base: str
+    adapter: Adapter | None = None
+
+    @classmethod
+    def find(cls, model: str) -> "ModelFolders":
+        """An adapter folder and the base it names, or a model folder or hub id by itself.
+
+        Raises:
+            UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
+        """
+        if not Adapter.is_one(model):
+            if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+                raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
+            return cls(model)
+        adapter = Adapter(model)
+        run = find_run_folder(model)
+        trained_with = read_run(run)["prompt"]["tokenizer_sha256"]
+        if sha256_file(run / "tokenizer.json") != trained_with:
+            raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
+        return cls(adapter.base_model, adapter)
+
+    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter]:
+        """The encoder and the image fitter: the run's own where there is an adapter, else the model's."""
+        base = find_model_folder(self.base, weights=False)
+        check_model_folder(base)
+        prompt = find_run_folder(self.adapter.folder) if self.adapter else base
+        return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(base)
+
+    def load(self, device: torch.device):
+        """The model, the adapter merged into it, ready to generate."""
+        folder = find_model_folder(self.base)
+        model = load_base(folder, device)
+        if self.adapter:
+            config = read_json(folder / "config.json")
+            dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+            self.adapter.merge_into(model, dtype)
+        return model.eval()
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the weights. Of the base's shards it reads name, size and time, not 48 GB."""
+        base = find_model_folder(self.base, weights=False)
+        parts: list[Any] = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))
+        ]
+        parts.append(sha256_file(base / "config.json"))
+        if self.adapter:
+            parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
+        return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
+
+
+def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter) -> list[int]:
+    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing."""
+
+    def length(record: Record) -> int:
+        try:
+            grids = [fitter.grid(*page_size(path)) for path in record.image_paths]
+        except ValueError:
+            return 0  # the row will get an error when its turn comes
+        return len(encode_record(encoder, record, grids, with_answer=False)[0])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(length, records))
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of like length, the longest first, so that what does not fit fails at once.
+
+    A batch has at most `batch_size` rows and, padded, `MAX_BATCH_TOKENS` tokens, but always one row.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        full = batches and (
+            len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > MAX_BATCH_TOKENS
+        )
+        if not batches or full:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one record: a text, or the reason why there is none."""
+
+    actual: str | None = None
+    error: str | None = None
+
+    def write_into(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with `actual`, or with `error`; those of an earlier prediction go."""
+        kept = {name: value for name, value in record.items() if name not in ("actual", "error")}
+        return kept | ({"actual": self.actual} if self.error is None else {"error": self.error})
+
+
+class Generator:
+    """A loaded model that answers records, greedily.
+
+    Args:
+        max_new_tokens: tokens an answer may have.
+    """
+
+    def __init__(
+        self,
+        folders: ModelFolders,
+        encoder: PromptEncoder,
+        fitter: ImageFitter,
+        device: torch.device,
+        max_new_tokens: int,
+    ):
+        self.model = folders.load(device)
+        self.encoder, self.fitter, self.device = encoder, fitter, device
+        control = encoder.control
+        self.settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            bos_token_id=control.bos,
+            eos_token_id=control.eos,
+            pad_token_id=control.pad,
+        )
+        self.model.generation_config = self.settings
+
+    def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+        """Yield the answers of each batch, by row number. The next batch's pages are read meanwhile."""
+        examples = _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False))
+        loader = DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=_PromptCollator(self.encoder.control.pad),
+            # On a CPU the model needs the cores itself.
+            num_workers=4 if self.device.type == "cuda" else 0,
+        )
+        for failed, indices, batch in loader:
+            answers = {index: Answer(error=error) for index, error in failed.items()}
+            if indices:
+                answers |= dict(zip(indices, map(Answer, self._generate(batch)), strict=True))
+            yield {index: answers[index] for index in sorted(answers, key=[*failed, *indices].index)}
+
+    @torch.inference_mode()
+    def _generate(self, batch: dict[str, torch.Tensor]) -> list[str]:
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        try:
+            output = self.model.generate(**batch, generation_config=self.settings)
+        except torch.OutOfMemoryError:
+            rows, length = batch["input_ids"].shape
+            raise UserError(
+                f"the GPU's memory does not hold a batch of {rows} records of up to {length} tokens; lower --batch_size"
+            ) from None
+        eos = self.encoder.control.eos
+        answers = output[:, batch["input_ids"].shape[1] :].tolist()
+        return [self.encoder.decode(ids[: ids.index(eos)] if eos in ids else ids) for ids in answers]
+
+
+class _Prompts:
+    """Rows as (number, example), or (number, reason) where a page cannot be opened."""
+
+    def __init__(self, dataset: RecordDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any] | str]:
+        try:
+            return index, self.dataset[index]
+        except RecordError as error:
+            return index, error.reason
+
+
+class _PromptCollator:
+    """Rows to (reasons by number, numbers, batch of the others without labels)."""
+
+    def __init__(self, pad_id: int):
+        self.collate = Collator(pad_id, padding_side="left")
+
+    def __call__(self, rows: list[tuple[int, Any]]) -> tuple[dict[int, str], list[int], dict[str, torch.Tensor]]:
+        failed = {index: example for index, example in rows if isinstance(example, str)}
+        good = [(index, example) for index, example in rows if not isinstance(example, str)]
+        batch = self.collate([example for _, example in good]) if good else {}
+        batch.pop("labels", None)
+        return failed, [index for index, _ in good], batch

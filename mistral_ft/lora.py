@@ -1,0 +1,197 @@
+"""LoRA: which layers get an adapter, how an adapter is read, and what it does to a weight."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mistral_ft.arguments import LoraArguments
+from mistral_ft.errors import UserError
+from mistral_ft.files import read_json
+from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+TEXT_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+VISION_LAYERS = (
+    r"model\.vision_tower\.transformer\.layers\.\d+\.(attention\.[qkvo]_proj|feed_forward\.(gate|up|down)_proj)"
+)
+PROJECTOR = r"model\.multi_modal_projector\.(patch_merger\.merging_layer|linear_[12])"
+
+# Settings of an adapter that say how it was made, or that `Adapter` obeys. Any other that is set is refused.
+MERGEABLE_SETTINGS = set(
+    "auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform lora_alpha lora_dropout alpha_pattern rank_pattern megatron_core peft_type peft_version "
+    "qalora_group_size r revision target_modules task_type use_dora use_rslora".split()
+)
+
+
+def target_modules(model: nn.Module, args: LoraArguments) -> str:
+    """A regular expression that matches in full the names of the linear layers to adapt.
+
+    All those of the text model, or `num_lora_modules` of them in the model's order; with `vision_lora` those of the
+    vision tower, with `train_projector` those of the projector. (A list of leaf names, as most scripts give peft, would
+    hit the vision tower too.)
+
+    Raises:
+        UserError: if the truncation leaves nothing, or asks for more than there are.
+    """
+    names = [name for name, _ in model.named_modules() if re.fullmatch(TEXT_LAYERS, name)]
+    chosen = TEXT_LAYERS
+    count, offset = args.num_lora_modules, args.lora_modules_truncate_offset
+    if count >= 0:
+        if count == 0 or offset + count > len(names):
+            raise UserError(
+                f"--num_lora_modules {count} with --lora_modules_truncate_offset {offset}: the text model has "
+                f"{len(names)} linear layers; give both so that they fit, or --num_lora_modules -1 for all"
+            )
+        start = offset if args.lora_modules_truncate_tail else len(names) - offset - count
+        chosen = "|".join(map(re.escape, names[start : start + count]))
+    return "|".join([chosen] + [VISION_LAYERS] * args.vision_lora + [PROJECTOR] * args.train_projector)
+
+
+def add_adapter(model: nn.Module, args: LoraArguments, model_id: str) -> nn.Module:
+    """Freeze the model and wrap it with a new adapter that names `model_id` as its base."""
+    from peft import LoraConfig, get_peft_model  # slow to import, and merge does without
+
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        target_modules=target_modules(model, args),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    config.base_model_name_or_path = model_id  # peft writes the folder it was loaded from
+    return model
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What an adapter holds for one linear layer.
+
+    Attributes:
+        lora_A: (rank, in features).
+        lora_B: (out features, rank).
+        scaling: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA.
+        magnitude: DoRA's norm of each output row, (out features,); None for plain LoRA.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The merged weight, summed in fp32 and rounded once to `weight`'s dtype.
+
+        LoRA (Hu et al. 2021): W + s·BA. DoRA (Liu et al. 2024): m · V / ‖V‖ by row, with V = W + s·BA.
+        """
+        device = weight.device
+        merged = weight.float() + self.scaling * (self.lora_B.float().to(device) @ self.lora_A.float().to(device))
+        if self.magnitude is not None:
+            merged *= (self.magnitude.float().to(device) / merged.norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
+
+
+class Adapter:
+    """A LoRA adapter folder, read without its base.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        UserError: if a file is missing or broken, or the adapter is of a kind that cannot be merged here.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name}: missing; an adapter folder made by train has one")
+        self.config = read_json(self.folder / ADAPTER_CONFIG)
+        _check_kind(self.folder / ADAPTER_CONFIG, self.config)
+        self.base_model: str = self.config["base_model_name_or_path"]
+        self.updates = dict(self._read_updates())
+
+    @staticmethod
+    def is_one(folder: str | os.PathLike) -> bool:
+        """Whether the folder holds an adapter."""
+        return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+    def merge_into(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Merge into a loaded base, in place; the result is rounded to `dtype`, as in a merged folder.
+
+        Args:
+            dtype: that of the base's checkpoint. A base that was loaded in fp32 then gets the very weights that
+                merge_lora_weights would have written.
+
+        Raises:
+            UserError: if the base lacks one of the adapter's layers, or it has another shape.
+        """
+        for name, update in self.updates.items():
+            try:
+                weight = model.get_submodule(name).weight
+            except AttributeError:
+                raise UserError(f"{self.folder}: the base has no layer {name}; is it another model's?") from None
+            self.check_shape(name, tuple(weight.shape))
+            with torch.no_grad():
+                weight.copy_(update.apply(weight.to(dtype)))
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError if the layer's weight has not the shape that the adapter was trained on."""
+        update = self.updates[name]
+        expected = (update.lora_B.shape[0], update.lora_A.shape[1])
+        if shape != expected:
+            raise UserError(f"{self.folder}: {name} is {expected} here but {shape} in the base; is it another model's?")
+
+    def _read_updates(self) -> Iterator[tuple[str, LayerUpdate]]:
+        path = self.folder / ADAPTER_WEIGHTS
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no dict
+                    match = re.fullmatch(
+                        r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key
+                    )
+                    if not match:
+                        raise UserError(f"{path}: holds {key}, which is no part of a LoRA adapter")
+                    layers.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise UserError(f"{path}: broken file: {error}") from error
+        if not layers:
+            raise UserError(f"{path}: holds no tensors")
+        for name, parts in layers.items():
+            if not {"lora_A", "lora_B"} <= parts.keys():
+                raise UserError(f"{path}: {name} has lora_A or lora_B only")
+            rank = parts["lora_A"].shape[0]
+            alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
+            scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+            yield name, LayerUpdate(parts["lora_A"], parts["lora_B"], scaling, parts.get("lora_magnitude_vector"))
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """peft's rule: a pattern holds for the layers whose name it matches at the end."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _check_kind(path: Path, config: dict[str, Any]) -> None:
+    """Refuse adapters that `LayerUpdate.apply` would merge wrongly, kinds that peft invents later among them."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; supported is 'LORA'")
+    unsupported = [name for name, value in config.items() if value and name not in MERGEABLE_SETTINGS]
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    # Initialisations by name, such as PiSSA's, change the base's weights when training starts.
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        settings = ", ".join(f"{name} {config.get(name)!r}" for name in unsupported)
+        raise UserError(f"{path}: an adapter with {settings} cannot be merged")

@@ -1,0 +1,98 @@
+"""Merging an adapter into checkpoint files, shard by shard, under the checkpoint's own key names."""
+
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mistral_ft.errors import UserError
+from mistral_ft.files import read_json
+from mistral_ft.lora import Adapter, LayerUpdate
+from mistral_ft.prompt import PromptEncoder, save_prompt_files
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+# Files of a base that do not go with a merged model: other copies of its weights, code, and the chat template, which
+# save_prompt_files replaces.
+NOT_COPIED = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.py", "chat_template*", ".*")
+
+
+def read_weight_map(base: Path) -> dict[str, str]:
+    """Which shard holds each tensor of a checkpoint: {key: file name}.
+
+    Raises:
+        UserError: if there are no safetensors weights, or a shard is missing.
+    """
+    if (base / INDEX).is_file():
+        weight_map = read_json(base / INDEX)["weight_map"]
+        missing = sorted({shard for shard in weight_map.values() if not (base / shard).is_file()})
+        if missing:
+            raise UserError(f"{base}: {len(missing)} weight files are missing, such as {missing[0]}")
+        return weight_map
+    if not (base / WEIGHTS).is_file():
+        raise UserError(f"{base}: has neither {INDEX} nor {WEIGHTS}")
+    with safe_open(base / WEIGHTS, "pt") as file:
+        return dict.fromkeys(file.keys(), WEIGHTS)
+
+
+def checkpoint_keys(module: str) -> tuple[str, str]:
+    """The names that a layer's weight can have in a checkpoint: as in memory, and as in the hub's repository.
+
+    In memory it is model.language_model.layers.0…, on the hub language_model.model.layers.0….
+    """
+    hub = re.sub(r"^model\.language_model\.", "language_model.model.", module)
+    hub = re.sub(r"^lm_head$", "language_model.lm_head", hub)
+    return f"{module}.weight", f"{hub.removeprefix('model.')}.weight"
+
+
+def match_updates(adapter: Adapter, base: Path, weight_map: dict[str, str]) -> dict[str, LayerUpdate]:
+    """The adapter's updates by the checkpoint's key, each exactly once.
+
+    Raises:
+        UserError: if the checkpoint lacks a layer, or has it with another shape.
+    """
+    updates: dict[str, LayerUpdate] = {}
+    for module, update in adapter.updates.items():
+        keys = [key for key in checkpoint_keys(module) if key in weight_map]
+        if len(keys) != 1:
+            raise UserError(f"{base}: has no tensor for the adapter's layer {module}; is it another model's?")
+        with safe_open(base / weight_map[keys[0]], "pt") as file:
+            adapter.check_shape(module, tuple(file.get_slice(keys[0]).get_shape()))
+        updates[keys[0]] = update
+    return updates
+
+
+def merge_shard(source: Path, target: Path, updates: dict[str, LayerUpdate]) -> None:
+    """Copy one shard, with the updates of its tensors applied.
+
+    Raises:
+        UserError: if the source is broken.
+    """
+    try:
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise UserError(f"{source}: broken file: {error}") from error
+    for key in updates.keys() & tensors.keys():
+        tensors[key] = updates[key].apply(tensors[key])
+    save_file(tensors, target, metadata)
+
+
+def copy_other_files(base: Path, folder: Path) -> None:
+    """Everything of the base but its weights, byte for byte, with the tokenizer and template that training used."""
+    for path in base.iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
+            shutil.copyfile(path, folder / path.name)
+    save_prompt_files(base, folder)
+
+
+def check_merged(folder: Path, weight_map: dict[str, str]) -> None:
+    """Read the merged folder back: every tensor is in its shard, the tokenizer loads."""
+    for shard in set(weight_map.values()):
+        with safe_open(folder / shard, "pt") as file:
+            assert set(file.keys()) == {key for key, name in weight_map.items() if name == shard}, shard
+    PromptEncoder.from_folder(folder)

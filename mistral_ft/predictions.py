@@ -1,0 +1,102 @@
+"""The predictions file: rows appear as they are finished, a stopped run goes on, the file appears in one piece.
+
+While predict runs, finished rows are appended to <name>.jsonl.partial, batch by batch. Its first line holds the
+settings and the batch plan; every other line is {"index": row number, "row": finished row}. A restart with the same
+settings keeps the batches that are whole and does the others again: an answer can depend, in the last bits, on what
+else is in its batch, so only whole batches make the end the same as that of a run that was never stopped.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mistral_ft.errors import UserError
+from mistral_ft.files import atomic_write
+
+
+class Predictions:
+    """Rows on their way into a predictions file.
+
+    Args:
+        path: the file to make.
+        settings: what decides the answers; it must be the same for a run to be continued.
+        plan: row numbers of each batch, in the order of work.
+        overwrite: start again instead of continuing.
+
+    Attributes:
+        done: finished rows by number.
+
+    Raises:
+        UserError: if a partial file with other settings is there.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, settings: dict[str, Any], plan: Sequence[Sequence[int]], overwrite: bool = False
+    ):
+        self.path = Path(path)
+        self.partial = Path(f"{path}.partial")
+        self.plan = [list(batch) for batch in plan]
+        self.done: dict[int, dict[str, Any]] = {}
+        header = json.dumps({"settings": settings, "plan": self.plan}, ensure_ascii=False)
+        if self.partial.exists() and not overwrite:
+            end = self._read(json.loads(header))
+            os.truncate(self.partial, end)
+        else:
+            with atomic_write(self.partial) as file:
+                file.write(header + "\n")
+        self._file = open(self.partial, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish or by the process' end
+
+    @property
+    def batches_left(self) -> list[list[int]]:
+        """Batches of the plan that are not finished."""
+        return [batch for batch in self.plan if batch[0] not in self.done]
+
+    def add(self, batch: dict[int, dict[str, Any]]) -> None:
+        """Put one finished batch on the disk: rows by number."""
+        for index, row in batch.items():
+            self._file.write(json.dumps({"index": index, "row": row}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done |= batch
+
+    def finish(self) -> None:
+        """Write the file, rows in the order of the data, and remove the partial one."""
+        self._file.close()
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(self.done[i], ensure_ascii=False) + "\n" for i in sorted(self.done))
+        self.partial.unlink()
+
+    def _read(self, header: dict[str, Any]) -> int:
+        """Take over the whole batches of the partial file; return the position behind the last of them."""
+        with open(self.partial, "rb") as file:
+            found = _parse(file.readline())
+            if found is None or found["settings"].keys() != header["settings"].keys():
+                raise UserError(f"{self.partial}: not readable as an unfinished run; --overwrite starts again")
+            changed = [name for name, value in header["settings"].items() if found["settings"][name] != value]
+            if changed:
+                raise UserError(
+                    f"{self.partial} is an unfinished run with another {', '.join(changed)}; --overwrite starts again"
+                )
+            # The plan follows from the settings, unless this program has changed.
+            if found["plan"] != header["plan"]:
+                raise UserError(f"{self.partial} is an unfinished run with other batches; --overwrite starts again")
+            end = file.tell()
+            for batch in self.plan:
+                rows = [_parse(file.readline()) for _ in batch]
+                if [row and row["index"] for row in rows] != batch:
+                    break
+                self.done |= {row["index"]: row["row"] for row in rows}
+                end = file.tell()
+        return end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of the partial file; None if the run died while it was written."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,179 @@
+"""A training run's folder: its name, what is written into it, and how it is found again."""
+
+import contextlib
+import os
+import platform
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mistral_ft.arguments import changed_fields
+from mistral_ft.errors import UserError
+from mistral_ft.files import fsync_path, read_json, settle, sha256_file, write_json
+from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
+
+RUN_FILE = "run.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
+
+ADJECTIVES = (
+    "amber bold brave bright brisk calm candid clear clever cosy crisp daring deep eager early fair fine fleet fond "
+    "gentle glad golden grand happy hardy honest humble jolly keen kind lively loyal lucid mellow merry mild neat "
+    "noble patient plain polite proud quick quiet rapid ready sharp silent silver sleek smart snug solid spry steady "
+    "sunny swift tidy warm wise witty"
+).split()
+NOUNS = (
+    "acorn alder aspen badger beaver birch bison brook canyon cedar cliff clover condor coral crane delta dune eagle "
+    "elm falcon fern finch fjord fox glacier grove harbor hare hazel heron ibis island jay juniper lagoon lake lark "
+    "linden lynx maple marsh meadow moose oak orchid osprey otter owl panda pine plover pond quail raven reef river "
+    "robin sparrow spruce stork swan thrush tulip walnut willow wren"
+).split()
+
+
+@dataclass
+class Run:
+    """A run's folder while train works on it.
+
+    Attributes:
+        folder: where everything goes.
+        checkpoint: the checkpoint to continue from, None for a new run.
+    """
+
+    folder: Path
+    checkpoint: Path | None = None
+
+    @classmethod
+    def create(cls, output_dir: str | os.PathLike, settings: dict[str, Any], base: Path, rows: int) -> "Run":
+        """Make a new folder with a name one can say, such as amber-otter-3f9a12c0, and write what is known now.
+
+        Args:
+            settings: the argument dataclasses, by name.
+            base: folder of the base model, whose tokenizer and processor files go with the adapter.
+            rows: number of records.
+
+        Raises:
+            OSError: if the folder cannot be made.
+        """
+        draw = random.SystemRandom()
+        name = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}-{secrets.token_hex(4)}"
+        folder = Path(output_dir) / name
+        folder.mkdir(parents=True)
+        save_prompt_files(base, folder)
+        write_json(
+            folder / RUN_FILE,
+            {
+                "base_model": settings["model"].model_id,
+                "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
+                "prompt": {
+                    "template": TEMPLATE_VERSION,
+                    "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+                },
+                "settings": {name: _json(changed_fields(arguments)) for name, arguments in settings.items()},
+                "versions": versions(),
+            },
+        )
+        return cls(folder)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike, settings: dict[str, Any]) -> "Run":
+        """Continue the run of a checkpoint, or of a run folder's newest complete checkpoint.
+
+        Raises:
+            UserError: if there is none, or the data, the base or the adapter's settings are not those of the run.
+        """
+        checkpoint = find_checkpoint(path)
+        folder = checkpoint.parent
+        written = read_run(folder)
+        now = {
+            "base model": settings["model"].model_id,
+            "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
+            "adapter settings": _json(changed_fields(settings["lora"])),
+        }
+        then = {
+            "base model": written["base_model"],
+            "data": [file["sha256"] for file in written["data"]["files"]],
+            "adapter settings": written["settings"]["lora"],
+        }
+        changed = [name for name in now if now[name] != then[name]]
+        if changed:
+            raise UserError(
+                f"{folder}: cannot be continued with another {' and '.join(changed)}; its own are in its {RUN_FILE}"
+            )
+        return cls(folder, checkpoint)
+
+    @contextlib.contextmanager
+    def cleaned_up_if_useless(self) -> Iterator[None]:
+        """On a failure, remove the folder if it holds neither a checkpoint nor an adapter, and say how to continue."""
+        try:
+            yield
+        except BaseException:
+            if any(self.folder.glob("checkpoint-*/trainer_state.json")):
+                print(f"Continue with --resume_from_checkpoint {self.folder}", file=sys.stderr)
+            elif not (self.folder / ADAPTER_CONFIG).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def save_adapter(self, model: Any) -> None:
+        """Write a peft model's adapter into the folder; adapter_config.json, which makes it one, comes last."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.") as temporary:
+            model.save_pretrained(temporary)
+            for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+                settle(Path(temporary) / name)
+                os.replace(Path(temporary) / name, self.folder / name)
+        fsync_path(self.folder)
+
+
+def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
+    """Names and SHA-256 of files."""
+    return [{"path": str(path), "sha256": sha256_file(path)} for path in paths]
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them; enums and the like as text, tokens left out."""
+    plain = (int, float, list, dict, type(None))
+    return {k: v if isinstance(v, plain) else str(v) for k, v in values.items() if "token" not in k}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def find_run_folder(folder: str | os.PathLike) -> Path:
+    """The run folder of an adapter: the folder itself, or the one above a checkpoint."""
+    folder = Path(folder)
+    return folder if (folder / RUN_FILE).is_file() else folder.parent
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint to resume from: a checkpoint folder, or the newest complete one of a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
+    candidates = [path] if path.name.startswith("checkpoint-") else list(path.glob("checkpoint-*"))
+    # The trainer's state is written last, so a checkpoint with it is complete.
+    complete = [folder for folder in candidates if (folder / "trainer_state.json").is_file()]
+    if not complete or not (find_run_folder(complete[0]) / RUN_FILE).is_file():
+        raise UserError(f"{path}: holds no complete checkpoint to resume from; give a run folder such as output/<name>")
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """The run file of a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so {folder} was not made by train")
+    return read_json(path)

@@ -1,0 +1,213 @@
+"""The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+
+from mistral_ft.arguments import changed_fields
+from mistral_ft.errors import UserError
+from mistral_ft.prompt import IGNORE_INDEX
+
+# TrainingArguments that cannot act here, each with the reason. Whoever sets one is told instead of ignored.
+REFUSED = {
+    "there is no evaluation during training; run predict and score on a test file": (
+        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps "
+        "eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only "
+        "batch_eval_metrics include_for_metrics load_best_model_at_end metric_for_best_model greater_is_better "
+        "bf16_full_eval fp16_full_eval"
+    ),
+    "the loss is computed at label positions, by this toolkit": "label_smoothing_factor label_names use_liger_kernel",
+    "the base is trained in bfloat16": "fp16",
+    "records have no columns": "remove_unused_columns length_column_name train_sampling_strategy group_by_length",
+    "the model is not compiled as a whole": "torch_compile torch_compile_backend torch_compile_mode",
+    "training never uses a cache": "use_cache",
+    "a run is uploaded after it was checked: hf upload <repo> <run folder>": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
+    ),
+    "a checkpoint that cannot be resumed from is of no use": "save_only_model",
+    "progress is a bar on a terminal and plain lines elsewhere": "disable_tqdm",
+}
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """TrainingArguments with this toolkit's defaults."""
+
+    output_dir: str | None = "output"
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # a loss that is not a number is never hidden
+    remove_unused_columns: bool = False
+    bf16: bool | None = None  # default: on a GPU
+    gradient_checkpointing: bool | None = None  # default: on a GPU
+
+    def __post_init__(self):
+        """Raises ValueError, one line for all arguments that cannot act here."""
+        changed = changed_fields(self)
+        problems = [
+            f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in changed
+        ]
+        kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        if "use_reentrant" in str(kwargs):
+            problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu
+        # transformers 5.18 gave gradient_checkpointing a new name.
+        new_name = hasattr(self, "activation_checkpointing")
+        checkpointing = self.activation_checkpointing if new_name else None
+        if checkpointing is None:
+            checkpointing = on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing
+        self.gradient_checkpointing = None if new_name else checkpointing
+        if new_name:
+            self.activation_checkpointing = checkpointing
+        self.dataloader_pin_memory &= on_gpu
+        super().__post_init__()
+        # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
+        self._n_gpu = min(1, self.n_gpu)
+
+
+class FinetuneTrainer(Trainer):
+    """Trains an adapter on batches of `Collator`.
+
+    Args:
+        learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
+            others get `args.learning_rate`.
+    """
+
+    # compute_loss divides by the labels of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
+        self.learning_rates = learning_rates or {}
+        super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if isinstance(c, DefaultFlowCallback)
+        ] + [c for c in self.callback_handler.callbacks if "integrations" in type(c).__module__]
+        self.add_callback(Progress())
+        self.add_callback(GradientCheck(self))
+        self.loss_is_scaled_for_ga = True
+        self.saw_images = False
+        self._tokens: torch.Tensor | int = 0
+        self._logged_at = time.perf_counter()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        self.saw_images |= "pixel_values" in inputs
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross entropy of the labels, summed and divided by the labels of the whole accumulated batch.
+
+        Logits are computed only at positions that some row of the batch has a label for: with 131,072 ids they would
+        otherwise be the largest tensor of all. Dividing by all labels, and not by those of each micro-batch, makes
+        the gradient the same however a batch is split: https://github.com/huggingface/transformers/pull/34191
+        """
+        targets = inputs.pop("labels")[:, 1:]  # position t predicts token t + 1
+        positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
+        targets = targets[:, positions]
+        total = F.cross_entropy(
+            outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORE_INDEX).sum()
+        loss = total / num_items_in_batch
+        # Gradients are averaged over processes, but the labels were counted over all of them.
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs):
+        """Trainer's optimizer, its parameter groups split by learning rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list] = {}
+            for parameter in group["params"]:
+                rates = [rate for part, rate in self.learning_rates.items() if part in names[parameter]]
+                by_rate.setdefault(rates[0] if rates else group["lr"], []).append(parameter)
+            groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def log(self, logs, start_time=None):
+        """Add tokens per second (without padding) since the last log, and stop at a loss that is not a number."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(float(self._tokens) / (now - self._logged_at), 1)
+            self._tokens, self._logged_at = 0, now
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower --learning_rate, then "
+                    f"continue from the last checkpoint in {self.args.output_dir} or start again"
+                )
+        super().log(logs, start_time)
+
+
+class GradientCheck(TrainerCallback):
+    """Stops the run at its first step if something that should learn gets no gradient."""
+
+    def __init__(self, trainer: FinetuneTrainer):
+        self.trainer = trainer
+        self.done = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.done:
+            return
+        # A batch of text alone gives the vision tower and the projector none, and that is right.
+        missing = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            and parameter.grad is None
+            and (self.trainer.saw_images or not any(part in name for part in ("vision_tower", "multi_modal_projector")))
+        ]
+        assert not missing, f"{len(missing)} trainable tensors have no gradient, such as {missing[0]}"
+        self.done = self.trainer.saw_images
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, learning rate, tokens/s and ETA on a terminal; elsewhere a line every `seconds`."""
+
+    def __init__(self, seconds: float = 15):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.started, self.printed = state.global_step, time.perf_counter(), -math.inf
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=None,
+            file=sys.stderr,
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        text = (
+            f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {logs['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.bar.update(state.global_step - self.bar.n)
+        self.bar.set_postfix_str(text)
+        now = time.perf_counter()
+        if self.bar.disable and (now - self.printed >= self.seconds or state.global_step == state.max_steps):
+            self.printed = now
+            per_step = (now - self.started) / max(1, state.global_step - self.first_step)
+            left = tqdm.format_interval(per_step * (state.max_steps - state.global_step))
+            print(f"step {state.global_step}/{state.max_steps}: {text}, {left} left", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

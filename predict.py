@@ -1,0 +1,106 @@
+"""Answer every record of a file with a base model, a base and its adapter, or a merged model.
+
+    python -m predict dataset/test.jsonl output/<name>
+
+Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file. Finished rows go to
+<name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
+gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
+"""
+
+import sys
+from pathlib import Path
+
+from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.records import read_records
+
+
+def parse_arguments():
+    parser = ArgumentParser(prog="python -m predict", description=__doc__.split("\n\n")[0])
+    parser.add_argument("dataset", help="JSONL file of records")
+    parser.add_argument("model", help="adapter folder (output/<name>), merged model folder, or hub id")
+    parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
+    parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
+    parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens an answer may have (default: 300)")
+    parser.add_argument("--batch_size", type=int, default=8, help="records answered at once (default: 8)")
+    parser.add_argument("--limit", type=int, help="answer only the first LIMIT records (default: all)")
+    parser.add_argument("--gpu_memory_gib", type=float, help="GPU memory to get by with (default: all)")
+    parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing a stopped run")
+    args = parser.parse_args()
+    for name in ("max_new_tokens", "batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    return args
+
+
+def main() -> int:
+    # 1. Arguments and records.
+    args = parse_arguments()
+    records = read_records([args.dataset], args.images_dir)[: args.limit]
+
+    from tqdm import tqdm
+
+    from mistral_ft.files import sha256_file
+    from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan_batches
+    from mistral_ft.metrics import is_hit
+    from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.predictions import Predictions
+    from mistral_ft.run_folder import versions
+
+    quiet_libraries()
+    device = pick_device(args.gpu_memory_gib)
+
+    # 2. The model's folders and prompt settings; the weights come later.
+    folders = ModelFolders.find(args.model)
+    encoder, fitter = folders.load_prompt()
+
+    # 3. The plan: batches of like length, and what an earlier run has done of them.
+    plan = plan_batches(page_lengths(records, encoder, fitter), args.batch_size)
+    settings = {
+        "dataset": sha256_file(args.dataset),
+        "images_dir": args.images_dir,
+        "model": folders.fingerprint(),
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "limit": args.limit,
+        "device": device.type,
+        "versions": versions(),
+    }
+    output = Path(args.output or f"{Path(args.model.rstrip('/')).name}.jsonl")
+    if output.resolve() == Path(args.dataset).resolve():
+        raise UserError(f"{output}: is the dataset itself; give another file with -o")
+    predictions = Predictions(output, settings, plan, args.overwrite)
+    if predictions.done:
+        print(f"Continuing: {len(predictions.done)} of {len(records)} rows are done", file=sys.stderr)
+
+    # 4. Answers, batch by batch.
+    rows = [record.data for record in records]
+    bar = tqdm(total=len(rows), initial=len(predictions.done), desc="predicting", unit="row", disable=None)
+    try:
+        if predictions.batches_left:
+            generator = Generator(folders, encoder, fitter, device, args.max_new_tokens)
+            for answers in generator.answer(records, predictions.batches_left):
+                predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
+                scored = [row for row in predictions.done.values() if row.get("expected") is not None]
+                bar.update(len(answers))
+                if scored:
+                    hits = sum(map(is_hit, scored))
+                    bar.set_postfix_str(f"accuracy {hits}/{len(scored)} = {hits / len(scored):.3f}")
+    except KeyboardInterrupt:
+        bar.close()
+        raise UserError(
+            f"stopped: {len(predictions.done)} of {len(rows)} rows are done; the same command continues"
+        ) from None
+    bar.close()
+
+    # 5. The file, whole.
+    predictions.finish()
+    failed = [i for i, row in predictions.done.items() if "error" in row]
+    for i in sorted(failed):
+        print(f"error: {records[i].error(predictions.done[i]['error'])}", file=sys.stderr)
+    print(f"{len(rows)} rows in {output}, {len(failed)} with an error")
+    print_peak_memory(device)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_step(main)

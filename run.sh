@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The recipe: train an adapter, answer the test set, score, and say how to merge. Edit the settings and run it again.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# First use: a virtual environment with the pinned packages.
+if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --upgrade -r requirements.txt
+    touch .venv/.installed
+fi
+. .venv/bin/activate
+
+gpu_gib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | tail -n 1 || true)
+gpu_gib=$((${gpu_gib:-0} / 1024))
+
+if [ "$gpu_gib" -ge 70 ]; then
+
+# ---- Settings for Mistral-Small-3.1-24B on a card of 80 GB -----------------------------------------------------------
+settings=(
+    --model_id mistralai/Mistral-Small-3.1-24B-Instruct-2503
+    --dataset dataset/train.jsonl
+    --output_dir output
+    --lora_rank 16
+    --lora_alpha 32
+    --lora_dropout 0.05
+    --vision_lora False
+    --train_projector False
+    --num_train_epochs 3
+    --per_device_train_batch_size 1
+    --gradient_accumulation_steps 1
+    --learning_rate 1e-4
+    --lr_scheduler_type cosine
+    --warmup_steps 0.03
+    --weight_decay 0.1
+    --adam_beta2 0.95
+    --seed 42
+    --max_seq_length 32768
+    --tf32 True
+    --logging_steps 1
+    --save_strategy steps
+    --save_steps 1000
+    --save_total_limit 5
+    --dataloader_num_workers 4
+)
+# ----------------------------------------------------------------------------------------------------------------------
+
+else
+echo "No GPU of 70 GiB or more here: using the embedded base models/tiny instead of the 24B, to show the steps."
+
+# ---- Settings for the embedded base: what a model this small needs to learn the sample -------------------------------
+settings=(
+    --model_id models/tiny
+    --dataset dataset/train.jsonl
+    --output_dir output
+    --lora_rank 16
+    --lora_alpha 32
+    --lora_dropout 0
+    --vision_lora True
+    --train_projector True
+    --num_train_epochs 40
+    --per_device_train_batch_size 4
+    --learning_rate 2e-3
+    --lr_scheduler_type cosine
+    --warmup_steps 0.03
+    --weight_decay 0.1
+    --adam_beta2 0.95
+    --seed 42
+    --save_strategy no
+)
+# ----------------------------------------------------------------------------------------------------------------------
+
+fi
+
+# Fewer holes between pages of different sizes.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+
+echo "== Train"
+run=$(python -m train "${settings[@]}" | tee /dev/stderr | sed -n 's/^Adapter saved in //p')
+name=$(basename "$run")
+
+echo "== Predict the test set"
+python -m predict dataset/test.jsonl "$run"
+
+echo "== Score"
+python -m score "$name.jsonl"
+
+echo "== Merge for production"
+echo "python -m merge_lora_weights $name merged/$name"

@@ -1,0 +1,181 @@
+"""Predict: every row once, in order, whatever the batches; stopped runs go on; bad rows are named."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from mistral_ft import generation
+from mistral_ft.data import Collator, RecordDataset
+from mistral_ft.errors import UserError
+from mistral_ft.generation import plan_batches
+from mistral_ft.images import ImageFitter
+from mistral_ft.lora import Adapter
+from mistral_ft.model import load_base
+from mistral_ft.predictions import Predictions
+from mistral_ft.prompt import PromptEncoder
+from mistral_ft.records import read_records
+from tests.conftest import TINY, read_rows, row, write_jsonl
+
+
+def test_batches_are_of_like_length_longest_first():
+    assert plan_batches([5, 9, 5, 7, 9], 2) == [[1, 4], [3, 0], [2]]
+    assert plan_batches([], 2) == []
+
+
+def test_batches_stay_within_the_token_limit_but_have_a_row(monkeypatch):
+    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 20)
+    assert plan_batches([30, 10, 10, 10, 4], 8) == [[0], [1, 2], [3, 4]]
+
+
+@pytest.fixture
+def run(pages, train_tiny):
+    return train_tiny(pages / "train.jsonl", "--max_steps", 4, "--vision_lora", "True", "--save_steps", 4)
+
+
+def test_every_record_comes_back_in_order_with_an_answer(pages, run, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = read_rows(pages / "train.jsonl")
+    rows[2] |= {"customer": {"no": 7}, "actual": "old", "error": "old"}
+    del rows[3]["expected"]
+    write_jsonl(pages / "train.jsonl", rows)
+    code, out, _ = run_cli("predict", pages / "train.jsonl", run, "--max_new_tokens", 5, "--batch_size", 3)
+    assert code == 0
+    assert out == f"8 rows in {run.name}.jsonl, 0 with an error\n"
+    predicted = read_rows(tmp_path / f"{run.name}.jsonl")
+    for before, after in zip(rows, predicted, strict=True):
+        assert isinstance(after.pop("actual"), str)
+        assert after == {k: v for k, v in before.items() if k not in ("actual", "error")}
+    assert not (tmp_path / f"{run.name}.jsonl.partial").exists()
+
+
+@pytest.fixture
+def predict(pages, run_cli, tmp_path):
+    def predict(model, name, *arguments):
+        output = tmp_path / name
+        code, _, err = run_cli(
+            "predict", pages / "train.jsonl", model, "-o", output, "--max_new_tokens", 10, *arguments
+        )
+        assert code == 0, err
+        return output.read_bytes()
+
+    return predict
+
+
+def test_answers_do_not_depend_on_the_batch_size(run, predict):
+    expected = predict(run, "1.jsonl", "--batch_size", 1)
+    assert predict(run, "3.jsonl", "--batch_size", 3) == expected
+    assert predict(run, "16.jsonl", "--batch_size", 16) == expected
+
+
+def test_adapter_checkpoint_and_merged_folder_answer_alike(run, predict, run_cli, tmp_path):
+    expected = predict(run, "a.jsonl")
+    assert run_cli("merge_lora_weights", run, tmp_path / "merged")[0] == 0
+    assert predict(tmp_path / "merged", "b.jsonl") == expected
+    assert predict(run / "checkpoint-4", "c.jsonl") == expected
+    assert predict(TINY, "d.jsonl") != expected
+
+
+def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages, run):
+    encoder = PromptEncoder.from_folder(run)
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, ImageFitter.from_folder(TINY), False)
+    cpu = torch.device("cpu")
+    unmerged = PeftModel.from_pretrained(load_base(TINY, cpu), run).eval()
+    merged = load_base(TINY, cpu).eval()
+    Adapter(run).merge_into(merged, torch.float32)
+    for i in range(8):
+        batch = Collator(11)([dataset[i]])
+        batch.pop("labels")
+        settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=11, eos_token_id=2)
+        assert merged.generate(**batch, **settings).tolist() == unmerged.generate(**batch, **settings).tolist()
+
+
+def test_limit_answers_the_first_rows(run, predict):
+    assert [json.loads(r)["id"] for r in predict(run, "a.jsonl", "--limit", 3).decode().splitlines()] == [0, 1, 2]
+
+
+def test_a_row_with_a_bad_page_gets_an_error_and_the_others_go_on(pages, run, run_cli, tmp_path):
+    (pages / "2.png").unlink()
+    (pages / "4.png").write_bytes(b"no image")
+    output = tmp_path / "out.jsonl"
+    code, out, err = run_cli("predict", pages / "train.jsonl", run, "-o", output, "--max_new_tokens", 3)
+    assert code == 1
+    assert out == f"8 rows in {output}, 2 with an error\n"
+    assert f"error: {pages / 'train.jsonl'}:3: image {pages / '2.png'} does not exist\n" in err
+    rows = read_rows(output)
+    assert [("error" in r, "actual" in r) for r in rows] == [
+        (i in (2, 4), i not in (2, 4)) for i in range(8)
+    ]  # fmt: skip
+    assert rows[4]["error"] == f"image {pages / '4.png'} cannot be opened: no image format that Pillow knows"
+
+
+def test_a_bad_record_stops_predict_before_the_model_is_loaded(pages, run, run_cli, tmp_path):
+    with open(pages / "train.jsonl", "a") as file:
+        file.write('{"messages": []}\n')
+    code, out, err = run_cli("predict", pages / "train.jsonl", run, "-o", tmp_path / "out.jsonl")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {pages / 'train.jsonl'}:9: `messages` must be a list")
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+def test_the_dataset_is_never_written_over(pages, run, run_cli):
+    before = (pages / "train.jsonl").read_bytes()
+    code, _, err = run_cli("predict", pages / "train.jsonl", run, "-o", pages / "train.jsonl")
+    assert code == 2
+    assert "is the dataset itself; give another file with -o" in err
+    assert (pages / "train.jsonl").read_bytes() == before
+
+
+def test_another_tokenizer_than_that_of_training_is_refused(pages, run, run_cli):
+    (run / "tokenizer.json").write_text((run / "tokenizer.json").read_text() + " ")
+    code, _, err = run_cli("predict", pages / "train.jsonl", run)
+    assert code == 2
+    assert "is not the one the adapter was trained with" in err
+
+
+PLAN = [[2, 0], [1, 3], [4]]
+SETTINGS = {"model": "m", "batch_size": 2}
+
+
+def start(tmp_path, **changes) -> Predictions:
+    return Predictions(tmp_path / "out.jsonl", SETTINGS | changes, PLAN)
+
+
+def finished(tmp_path) -> bytes:
+    predictions = start(tmp_path)
+    for batch in predictions.batches_left:
+        predictions.add({i: row(i, "A") | {"actual": f"answer {i}"} for i in batch})
+    predictions.finish()
+    return (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_a_run_cut_at_any_byte_ends_with_the_same_file(tmp_path):
+    predictions = start(tmp_path)
+    for batch in PLAN:
+        predictions.add({i: row(i, "A") | {"actual": f"answer {i}"} for i in batch})
+    whole = predictions.partial.read_bytes()
+    first_line = whole.index(b"\n") + 1
+    predictions.finish()
+    expected = (tmp_path / "out.jsonl").read_bytes()
+    assert [json.loads(line)["id"] for line in expected.splitlines()] == [0, 1, 2, 3, 4]
+    for cut in range(first_line, len(whole) + 1, 7):
+        predictions.partial.write_bytes(whole[:cut])
+        assert finished(tmp_path) == expected
+    assert not predictions.partial.exists()
+
+
+def test_whole_batches_are_kept_and_others_done_again(tmp_path):
+    predictions = start(tmp_path)
+    predictions.add({2: row(2), 0: row(0)})
+    predictions.add({1: row(1)})
+    again = start(tmp_path)
+    assert sorted(again.done) == [0, 2]
+    assert again.batches_left == [[1, 3], [4]]
+
+
+def test_a_changed_setting_is_refused_unless_started_over(tmp_path):
+    start(tmp_path).add({2: row(2), 0: row(0)})
+    with pytest.raises(UserError, match=r"jsonl.partial is an unfinished run with another model; --overwrite starts"):
+        start(tmp_path, model="other")
+    assert Predictions(tmp_path / "out.jsonl", SETTINGS | {"model": "other"}, PLAN, overwrite=True).done == {}

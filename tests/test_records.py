@@ -1,0 +1,140 @@
+"""Every fault of a data file ends in one line with file, line and the way to mend it."""
+
+import json
+
+import pytest
+
+from mistral_ft.errors import UserError
+from mistral_ft.records import read_records
+from tests.conftest import row
+
+GOOD = json.dumps(row(0, "A"))
+TRAILING = '{"messages": [{"role": "user", "content": "a"},], "expected": "b"}'
+
+FAULTS = {
+    "cut off": (GOOD[:60], "the line ends in the middle of the record (column 60): is the file cut off?"),
+    "cut off in a string": (GOOD[:20], "the line ends in the middle of the record (column 20): is the file cut off?"),
+    "trailing comma": (TRAILING, "trailing comma at column 47: JSON allows none, remove it"),
+    "single quotes": ("{'messages': []}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    "list": ("[", "not one JSON object per line: write each record on a line of its own, with no list around them"),
+    "pretty-printed": ("{", "not one JSON object per line: write each record on a line of its own, with no list"),
+    "number": ("7", "expected a JSON object, got the number 7"),
+    "no messages": ('{"expected": "a"}', "no `messages`; expected a list of messages with `role` and `content`"),
+    "empty messages": ('{"messages": []}', "`messages` must be a list of at least one message, got an empty list"),
+    "string messages": ('{"messages": "Hi"}', "`messages` must be a list of at least one message, got a string"),
+    "unknown role": (
+        '{"messages": [{"role": "human", "content": "a"}]}',
+        "message 1: unknown role 'human'; expected one of system, user, assistant, tool",
+    ),
+    "no content": (
+        '{"messages": [{"role": "user"}]}',
+        "message 1: `content` must be a string or a list of blocks, got nothing",
+    ),
+    "number as content": (
+        '{"messages": [{"role": "user", "content": 5}]}',
+        "message 1: `content` must be a string or a list of blocks, got the number 5",
+    ),
+    "unknown block": (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+        "message 1: block 1: unknown type 'image_url'; expected 'text' or 'image'",
+    ),
+    "image without path": (
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}',
+        "message 1: block 1: `image` must be the path of an image file, got the number 3",
+    ),
+    "image in a system message": (
+        '{"messages": [{"role": "system", "content": [{"type": "image", "image": "a.png"}]}]}',
+        "message 1: block 1: an image belongs in a user message, not in one of role 'system'",
+    ),
+    "assistant last": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        "the last message must be the user's, got 'assistant'; the answer to learn goes in `expected`",
+    ),
+    "silent assistant": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, '
+        '{"role": "user", "content": "b"}]}',
+        "message 2: an assistant message says nothing: it needs `content` or `tool_calls`",
+    ),
+    "system after assistant": (
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "system", "content": "b"}]}',
+        "message 2: a system message cannot follow a message of role 'assistant'",
+    ),
+    "number as expected": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": 12}',
+        "`expected` must be a string, got the number 12; put JSON answers in quotes",
+    ),
+    "no expected": (
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "no `expected`: the answer to learn and to score against",
+    ),
+    "half a surrogate pair": (
+        '{"messages": [{"role": "user", "content": "\\ud83d"}], "expected": "a"}',
+        "message 1: `content` holds half a surrogate pair, which is no valid text",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named_with_file_and_line(tmp_path, fault):
+    text, reason = FAULTS[fault]
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{GOOD}\n\n{text}\n")
+    with pytest.raises(UserError) as error:
+        read_records([path], expected_required=True)
+    assert str(error.value).startswith(f"{path}:3: {reason}")
+    assert "\n" not in str(error.value)
+
+
+def test_not_utf8_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + "é".encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=r"data.jsonl:2: not UTF-8 text: .* at byte 1"):
+        read_records([path])
+
+
+def test_all_bad_rows_are_named_in_one_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([GOOD, "{", GOOD, "7", "null"]))
+    with pytest.raises(UserError) as error:
+        read_records([path])
+    assert str(error.value).endswith("(and 2 more bad rows, on lines 4, 5)")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.mkdir(), "is a folder; expected a JSONL file in it"),
+        (lambda p: p.write_text(""), "holds no record"),
+        (lambda p: p.write_text("\n \n"), "holds no record"),
+    ],
+)
+def test_file_that_is_none_is_named(tmp_path, make, reason):
+    path = tmp_path / "data.jsonl"
+    make(path)
+    with pytest.raises(UserError, match=reason):
+        read_records([path])
+
+
+def test_a_missing_images_dir_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match="nowhere: no such folder of images; give it with --images_dir"):
+        read_records([path], tmp_path / "nowhere")
+
+
+def test_records_keep_what_the_user_wrote(tmp_path):
+    data = row(7, "B", ["x/a.png", "b.png"]) | {"customer": {"id": 3}, "weight": None}
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(data).encode())
+    (record,) = read_records([path])
+    assert record.data == data
+    assert record.image_paths == [tmp_path / "x/a.png", tmp_path / "b.png"]
+    assert read_records([path], tmp_path / "..")[0].image_paths[1] == tmp_path / ".." / "b.png"
+
+
+def test_several_files_are_read_in_order(tmp_path):
+    for name, number in (("b", 1), ("a", 2)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row(number)))
+    records = read_records([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])
+    assert [record.data["id"] for record in records] == [1, 2]

@@ -1,0 +1,92 @@
+"""Train a LoRA adapter for a Mistral vision model on pages and questions about them.
+
+    python -m train --dataset dataset/train.jsonl --output_dir output --lora_rank 16 --learning_rate 1e-4
+
+Writes a new folder output/<two-words-hex>/ with the adapter (plain peft loads it), the tokenizer and processor files,
+and run.json: the settings, the data's hash and the package versions. Every record is read and every page opened before
+the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues a run.
+"""
+
+import sys
+
+from mistral_ft.arguments import EPILOG, DataArguments, HelpFormatter, LoraArguments, ModelArguments, TrainParser
+from mistral_ft.errors import UserError, run_step
+from mistral_ft.records import read_records
+
+
+def main() -> None:
+    # 1. Arguments. --help is answered before torch is imported, which takes seconds.
+    ours = (DataArguments, ModelArguments, LoraArguments)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        help_parser = TrainParser(
+            ours, formatter_class=HelpFormatter, prog="python -m train", description=__doc__, epilog=EPILOG
+        )
+        help_parser.print_help()
+        return
+    from mistral_ft.training import FinetuneArguments
+
+    data_args, model_args, lora_args, args = TrainParser((*ours, FinetuneArguments), prog="python -m train").parse()
+    if problems := lora_args.problems():
+        raise UserError("; ".join(problems))
+
+    # 2. Records: their shape takes a moment to check.
+    records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)
+
+    from transformers import set_seed
+
+    from mistral_ft.data import Collator, RecordDataset, count_tokens
+    from mistral_ft.hub import find_model_folder
+    from mistral_ft.images import ImageFitter
+    from mistral_ft.lora import add_adapter
+    from mistral_ft.model import check_model_folder, load_base, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.prompt import PromptEncoder
+    from mistral_ft.run_folder import Run
+    from mistral_ft.training import FinetuneTrainer
+
+    quiet_libraries()
+    device = pick_device(model_args.gpu_memory_gib)
+
+    # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.
+    base = find_model_folder(model_args.model_id, weights=False)
+    check_model_folder(base)
+    encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
+    lengths = count_tokens(records, encoder, fitter, data_args.max_seq_length)
+    print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
+
+    # 4. The run's folder: a new one, or that of the run to continue.
+    settings = {"data": data_args, "model": model_args, "lora": lora_args, "training": args}
+    if args.resume_from_checkpoint:
+        run = Run.resume(args.resume_from_checkpoint, settings)
+    else:
+        run = Run.create(args.output_dir, settings, base, len(records))
+    args.output_dir = str(run.folder)
+    print(f"Run folder {run.folder}")
+
+    with run.cleaned_up_if_useless():
+        # 5. The base, frozen, and the adapter.
+        set_seed(args.seed)
+        model = load_base(find_model_folder(model_args.model_id), device)
+        model = add_adapter(model, lora_args, model_args.model_id)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+
+        # 6. Training.
+        rates = {"vision_tower": lora_args.vision_lr, "multi_modal_projector": lora_args.projector_lr}
+        trainer = FinetuneTrainer(
+            model=model,
+            args=args,
+            train_dataset=RecordDataset(records, encoder, fitter),
+            data_collator=Collator(encoder.control.pad),
+            learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+        )
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+
+        # 7. The adapter, whole or not at all.
+        run.save_adapter(model)
+        trainer.save_state()
+    print_peak_memory(device)
+    print(f"Adapter saved in {run.folder}")
+
+
+if __name__ == "__main__":
+    run_step(main)
