@@ -46,7 +46,7 @@ settings=(
 # ----------------------------------------------------------------------------------------------------------------------
 
 else
-echo "No GPU of 70 GiB or more here: using the embedded base models/tiny instead of the 24B, to show the steps."
+echo "No GPU of 70 GiB or more here: using the embedded base models/tiny, whose random weights can learn pages by heart but not read new ones."
 
 # ---- Settings for the embedded base: what a model this small needs to learn the sample -------------------------------
 settings=(
@@ -60,7 +60,7 @@ settings=(
     --train_projector True
     --num_train_epochs 40
     --per_device_train_batch_size 4
-    --learning_rate 2e-3
+    --learning_rate 3e-3
     --lr_scheduler_type cosine
     --warmup_steps 0.03
     --weight_decay 0.1

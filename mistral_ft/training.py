@@ -41,6 +41,7 @@ class FinetuneArguments(TrainingArguments):
     """TrainingArguments with this toolkit's defaults."""
 
     output_dir: str | None = "output"
+    per_device_train_batch_size: int = 1
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # a loss that is not a number is never hidden
     remove_unused_columns: bool = False

@@ -1,0 +1,192 @@
+"""The command lines as users meet them: help, mistakes, and the commands that the documents promise."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from tests.conftest import ROOT, TINY
+
+STEPS = ["train", "predict", "score", "merge_lora_weights"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_help_starts_without_torch(step):
+    code = (
+        f"import runpy, sys; sys.argv = ['{step}.py', '--help']\n"
+        f"try: runpy.run_module('{step}', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"python -m {step}" in done.stdout
+
+
+def test_every_flag_of_train_is_one_of_these():
+    done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert set(re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)) == {
+        "dataset", "images_dir", "max_seq_length", "model_id", "gpu_memory_gib", "lora_rank", "lora_alpha",
+        "lora_dropout", "num_lora_modules", "lora_modules_truncate_tail", "lora_modules_truncate_offset", "use_dora",
+        "vision_lora", "freeze_vision_tower", "train_projector", "vision_lr", "projector_lr",
+    }  # fmt: skip
+
+
+def fails(run_cli, *command) -> str:
+    """Run a command that must fail as a user's mistake does; return its one line."""
+    code, out, err = run_cli(*command)
+    lines = [line for line in err.splitlines() if not line.startswith("step ")]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in out + err
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def train(run_cli, pages, tmp_path):
+    def train(*arguments, dataset=pages / "train.jsonl", model=TINY, output=tmp_path / "output"):
+        line = fails(run_cli, "train", "--model_id", model, "--dataset", dataset, "--output_dir", output, *arguments)
+        assert not output.exists() or not any(output.iterdir())
+        return line
+
+    return train
+
+
+def test_unknown_arguments(train):
+    assert train("--lora_rang", 3) == "unknown arguments: --lora_rang 3 (see python -m train --help)"
+    assert "--warmup_ratio is gone from transformers: write --warmup_steps" in train("--warmup_ratio", 0.03)
+    assert "argument --lora_rank/--lora-rank: invalid int value: 'x'" in train("--lora_rank", "x")
+
+
+def test_all_argument_problems_come_at_once(train):
+    line = train("--lora_rank", 0, "--vision_lr", "1e-5")
+    assert "--lora_rank 0: must be at least 1; --vision_lr has no effect" in line
+
+
+def test_bad_pages_stop_training_before_the_weights_are_loaded(train, pages):
+    data = (pages / "1.png").read_bytes()
+    (pages / "1.png").write_bytes(data[: len(data) // 2])
+    assert f"{pages / 'train.jsonl'}:2: image {pages / '1.png'} cannot be opened: " in train()
+    (pages / "1.png").unlink()
+    assert f"{pages / 'train.jsonl'}:2: image {pages / '1.png'} does not exist" in train()
+
+
+def test_bad_data_files(train, pages):
+    assert f"{pages}: is a folder; expected a JSONL file in it" in train(dataset=pages)
+    assert "nowhere.jsonl: no such file" in train(dataset=pages / "nowhere.jsonl")
+    (pages / "empty.jsonl").write_text("")
+    assert "empty.jsonl: holds no record" in train(dataset=pages / "empty.jsonl")
+    (pages / "cut.jsonl").write_text((pages / "train.jsonl").read_text()[:300])
+    assert "cut.jsonl:2: the line ends in the middle of the record" in train(dataset=pages / "cut.jsonl")
+
+
+def test_records_that_are_too_long(train):
+    assert "are more than --max_seq_length 20; raise it" in train("--max_seq_length", 20)
+
+
+def test_models_that_are_none(train, tmp_path):
+    assert "no such folder, and no hub id such as" in train(model="./output/nothing")
+    (tmp_path / "empty").mkdir()
+    assert "config.json: missing, so" in train(model=tmp_path / "empty")
+    assert "not in the hub's local cache, and HF_HUB_OFFLINE is set" in train(model="nobody/no-such-model")
+
+
+def test_a_folder_that_cannot_be_written(run_cli, pages, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = fails(
+        run_cli, "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "file"
+    )
+    assert line.startswith(f"{tmp_path / 'file'}")
+    assert line.endswith("Not a directory") or line.endswith("File exists")
+
+
+def test_resuming_from_nothing(train, tmp_path):
+    assert "holds no complete checkpoint to resume from" in train("--resume_from_checkpoint", tmp_path)
+
+
+def test_a_run_that_dies_at_once_leaves_no_folder(run_cli, pages, tmp_path, monkeypatch):
+    from mistral_ft import training
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.FinetuneTrainer, "training_step", stop)
+    code, _, err = run_cli(
+        "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output"
+    )
+    assert code == 130
+    assert err.endswith("error: interrupted\n")
+    assert not any((tmp_path / "output").iterdir())
+
+
+def test_predict_on_what_is_no_model(run_cli, pages, tmp_path):
+    data = pages / "train.jsonl"
+    (tmp_path / "empty").mkdir()
+    line = fails(run_cli, "predict", data, tmp_path / "empty")
+    assert "holds neither adapter_config.json nor config.json; did its training finish?" in line
+    assert "--batch_size 0: must be at least 1" in fails(run_cli, "predict", data, TINY, "--batch_size", 0)
+    assert "the following arguments are required: model" in fails(run_cli, "predict", data)
+    assert "nowhere" in fails(run_cli, "predict", data, TINY, "-o", tmp_path / "nowhere" / "out.jsonl")
+
+
+class GatedHub(BaseHTTPRequestHandler):
+    """Answers as the hub does for a gated model and a caller without a token."""
+
+    def do_GET(self):
+        body = json.dumps({"error": "Access to model x/y is restricted. You must be authenticated"}).encode()
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_gated_model_without_a_token(pages, tmp_path):
+    hub = HTTPServer(("127.0.0.1", 0), GatedHub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    hub.shutdown()
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: mistralai/Mistral-Small-3.1-24B-Instruct-2503 is gated: accept its terms on "
+        "https://huggingface.co/mistralai/Mistral-Small-3.1-24B-Instruct-2503, then set HF_TOKEN to a token of that "
+        "account (none is set)"
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+def documented_commands() -> list[str]:
+    """Every `python -m step …` in the documents and scripts, continued lines joined."""
+    text = "".join(path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*.py")])
+    text = re.sub(r"\\\n\s*", " ", text)
+    return sorted(set(re.findall(rf"^ *(?:\$ )?(python -m (?:{'|'.join(STEPS)}) [^\n#]*)", text, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command, monkeypatch):
+    """Every flag that a documented command has is known to its step."""
+    _, _, step, *arguments = shlex.split(re.sub(r"\[|\]|…|\.\.\.", " ", command))
+    done = subprocess.run([sys.executable, "-m", step, "--help"], cwd=ROOT, capture_output=True, text=True)
+    known = set(re.findall(r"(?:^|[ ,|])(--?\w+)", done.stdout))
+    if step == "train":
+        from mistral_ft.training import FinetuneArguments
+
+        known |= {f"--{name}" for name in FinetuneArguments.__dataclass_fields__}
+    assert [a for a in arguments if a.startswith("-") and a not in known] == []
