@@ -41,7 +41,6 @@ def main() -> int:
 
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan_batches
-    from mistral_ft.metrics import is_hit
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.run_folder import versions
@@ -80,11 +79,10 @@ def main() -> int:
             generator = Generator(folders, encoder, fitter, device, args.max_new_tokens)
             for answers in generator.answer(records, predictions.batches_left):
                 predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
-                scored = [row for row in predictions.done.values() if row.get("expected") is not None]
                 bar.update(len(answers))
-                if scored:
-                    hits = sum(map(is_hit, scored))
-                    bar.set_postfix_str(f"accuracy {hits}/{len(scored)} = {hits / len(scored):.3f}")
+                if predictions.scored:
+                    accuracy = predictions.hits / predictions.scored
+                    bar.set_postfix_str(f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}")
     except KeyboardInterrupt:
         bar.close()
         raise UserError(

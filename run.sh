@@ -76,7 +76,7 @@ fi
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 echo "== Train"
-run=$(python -m train "${settings[@]}" | tee /dev/stderr | sed -n 's/^Adapter saved in //p')
+run=$(python -m train "${settings[@]}" | tee >(cat >&2) | sed -n 's/^Adapter saved in //p')
 name=$(basename "$run")
 
 echo "== Predict the test set"

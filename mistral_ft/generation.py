@@ -167,11 +167,11 @@ class Generator:
             # On a CPU the model needs the cores itself.
             num_workers=4 if self.device.type == "cuda" else 0,
         )
-        for failed, indices, batch in loader:
+        for rows, (failed, answerable, batch) in zip(batches, loader, strict=True):
             answers = {index: Answer(error=error) for index, error in failed.items()}
-            if indices:
-                answers |= dict(zip(indices, map(Answer, self._generate(batch)), strict=True))
-            yield {index: answers[index] for index in sorted(answers, key=[*failed, *indices].index)}
+            if answerable:
+                answers |= dict(zip(answerable, map(Answer, self._generate(batch)), strict=True))
+            yield {index: answers[index] for index in rows}
 
     @torch.inference_mode()
     def _generate(self, batch: dict[str, torch.Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import atomic_write
+from mistral_ft.metrics import is_hit
 
 
 class Predictions:
@@ -27,6 +28,7 @@ class Predictions:
 
     Attributes:
         done: finished rows by number.
+        hits, scored: how many of them are right, of how many with `expected`.
 
     Raises:
         UserError: if a partial file with other settings is there.
@@ -46,6 +48,8 @@ class Predictions:
         else:
             with atomic_write(self.partial) as file:
                 file.write(header + "\n")
+        self.hits = self.scored = 0
+        self._count(self.done)
         self._file = open(self.partial, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish or by the process' end
 
     @property
@@ -54,12 +58,19 @@ class Predictions:
         return [batch for batch in self.plan if batch[0] not in self.done]
 
     def add(self, batch: dict[int, dict[str, Any]]) -> None:
-        """Put one finished batch on the disk: rows by number."""
+        """Put one finished batch on the disk: rows by number, in the order of the plan."""
+        assert list(batch) in self.plan
         for index, row in batch.items():
             self._file.write(json.dumps({"index": index, "row": row}, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done |= batch
+        self._count(batch)
+
+    def _count(self, rows: dict[int, dict[str, Any]]) -> None:
+        scored = [row for row in rows.values() if row.get("expected") is not None]
+        self.scored += len(scored)
+        self.hits += sum(map(is_hit, scored))
 
     def finish(self) -> None:
         """Write the file, rows in the order of the data, and remove the partial one."""
