@@ -168,7 +168,8 @@ def test_a_run_cut_at_any_byte_ends_with_the_same_file(tmp_path):
 def test_whole_batches_are_kept_and_others_done_again(tmp_path):
     predictions = start(tmp_path)
     predictions.add({2: row(2), 0: row(0)})
-    predictions.add({1: row(1)})
+    with open(predictions.partial, "a") as file:  # half of the next batch
+        file.write(json.dumps({"index": 1, "row": row(1)}) + "\n")
     again = start(tmp_path)
     assert sorted(again.done) == [0, 2]
     assert again.batches_left == [[1, 3], [4]]
