@@ -7,7 +7,6 @@ the base's key names, file split and dtype; an adapter's change is added in fp32
 adapter is used exactly once, or nothing is written. No GPU and no second copy of the model in memory are needed.
 """
 
-import sys
 from pathlib import Path
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
@@ -25,12 +24,11 @@ def main() -> None:
     if not folders:
         raise UserError(f"{args.name}: no such adapter folder, and none in output/")
 
-    from tqdm import tqdm
-
     from mistral_ft.files import atomic_folder
     from mistral_ft.hub import find_model_folder
     from mistral_ft.lora import Adapter
     from mistral_ft.merging import check_merged, copy_other_files, match_updates, merge_shard, read_weight_map
+    from mistral_ft.progress import Progress
 
     # 2. The adapter, the base, and which tensor of the base each of its updates belongs to.
     adapter = Adapter(next((folder for folder in folders if Adapter.is_one(folder)), folders[0]))
@@ -41,8 +39,11 @@ def main() -> None:
     # 3. Shard by shard into a temporary folder, which gets its name when it is whole.
     with atomic_folder(args.output_dir) as folder:
         shards = sorted(set(weight_map.values()))
-        for shard in tqdm(shards, desc="merging", unit="shard", disable=None, file=sys.stderr):
+        progress = Progress("merging", len(shards), "shard")
+        for shard in shards:
             merge_shard(base / shard, folder / shard, updates)
+            progress.update()
+        progress.close()
         copy_other_files(base, folder)
         check_merged(folder, weight_map)
     print(f"Merged {len(updates)} of {len(weight_map)} tensors of {adapter.base_model} into {args.output_dir}")

@@ -37,12 +37,11 @@ def main() -> int:
     args = parse_arguments()
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
-    from tqdm import tqdm
-
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan_batches
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
+    from mistral_ft.progress import Progress
     from mistral_ft.run_folder import versions
 
     quiet_libraries()
@@ -73,22 +72,21 @@ def main() -> int:
 
     # 4. Answers, batch by batch.
     rows = [record.data for record in records]
-    bar = tqdm(total=len(rows), initial=len(predictions.done), desc="predicting", unit="row", disable=None)
+    progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     try:
         if predictions.batches_left:
             generator = Generator(folders, encoder, fitter, device, args.max_new_tokens)
             for answers in generator.answer(records, predictions.batches_left):
                 predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
-                bar.update(len(answers))
-                if predictions.scored:
-                    accuracy = predictions.hits / predictions.scored
-                    bar.set_postfix_str(f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}")
+                accuracy = predictions.hits / max(1, predictions.scored)
+                text = f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}"
+                progress.update(len(answers), text if predictions.scored else "")
     except KeyboardInterrupt:
-        bar.close()
+        progress.close()
         raise UserError(
             f"stopped: {len(predictions.done)} of {len(rows)} rows are done; the same command continues"
         ) from None
-    bar.close()
+    progress.close()
 
     # 5. The file, whole.
     predictions.finish()

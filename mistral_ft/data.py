@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mistral_ft.errors import RecordError, raise_all
 from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder
 from mistral_ft.records import Record
 
@@ -82,8 +82,12 @@ def count_tokens(
     paths = list(dict.fromkeys(path for record in records for path in record.image_paths))
     # Pillow decodes outside Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = tqdm(pool.map(grid, paths), total=len(paths), desc="checking pages", unit="page", disable=None)
-        grids = dict(zip(paths, checked, strict=True))
+        progress = Progress("checking", len(paths), "page")
+        grids = {}
+        for path, found in zip(paths, pool.map(grid, paths), strict=True):
+            grids[path] = found
+            progress.update()
+        progress.close()
 
     errors: list[RecordError] = []
     lengths = []

@@ -1,18 +1,17 @@
 """The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft.arguments import changed_fields
 from mistral_ft.errors import UserError
+from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX
 
 # TrainingArguments that cannot act here, each with the reason. Whoever sets one is told instead of ignored.
@@ -94,7 +93,7 @@ class FinetuneTrainer(Trainer):
         self.callback_handler.callbacks = [
             c for c in self.callback_handler.callbacks if isinstance(c, DefaultFlowCallback)
         ] + [c for c in self.callback_handler.callbacks if "integrations" in type(c).__module__]
-        self.add_callback(Progress())
+        self.add_callback(ProgressCallback())
         self.add_callback(GradientCheck(self))
         self.loss_is_scaled_for_ga = True
         self.saw_images = False
@@ -178,37 +177,17 @@ class GradientCheck(TrainerCallback):
         self.done = self.trainer.saw_images
 
 
-class Progress(TrainerCallback):
-    """A bar with loss, learning rate, tokens/s and ETA on a terminal; elsewhere a line every `seconds`."""
-
-    def __init__(self, seconds: float = 15):
-        self.seconds = seconds
+class ProgressCallback(TrainerCallback):
+    """Shows loss, learning rate and tokens/s at every log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step, self.started, self.printed = state.global_step, time.perf_counter(), -math.inf
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=None,
-            file=sys.stderr,
-        )
+        self.progress = Progress("training", state.max_steps, "step", done=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
-        text = (
-            f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {logs['tokens_per_second']:,.0f} tokens/s"
-        )
-        self.bar.update(state.global_step - self.bar.n)
-        self.bar.set_postfix_str(text)
-        now = time.perf_counter()
-        if self.bar.disable and (now - self.printed >= self.seconds or state.global_step == state.max_steps):
-            self.printed = now
-            per_step = (now - self.started) / max(1, state.global_step - self.first_step)
-            left = tqdm.format_interval(per_step * (state.max_steps - state.global_step))
-            print(f"step {state.global_step}/{state.max_steps}: {text}, {left} left", file=sys.stderr, flush=True)
+        if "loss" in logs:
+            rate = logs["tokens_per_second"]
+            text = f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {rate:,.0f} tokens/s"
+            self.progress.update(state.global_step - self.progress.done, text)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.progress.close()

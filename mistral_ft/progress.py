@@ -1,0 +1,43 @@
+"""How far long work is: a bar on a terminal, a line now and then elsewhere, on stderr."""
+
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows count, rate and time left.
+
+    Args:
+        description: what is done, such as "training".
+        total: how much there is to do.
+        unit: what is counted, in the singular.
+        done: how much of it was done before.
+        seconds: time between two lines where there is no terminal; the first and the last are always written.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, done: int = 0, seconds: float = 15):
+        self.description, self.unit, self.seconds = description, unit, seconds
+        self.before = done
+        self.started, self.printed = time.perf_counter(), -math.inf
+        self.bar = tqdm(total=total, initial=done, desc=description, unit=unit, disable=None, dynamic_ncols=True)
+        self.done, self.total = done, total
+
+    def update(self, count: int = 1, text: str = "") -> None:
+        """Count more of it as done; `text` is shown beside it."""
+        self.done += count
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(count)
+        now = time.perf_counter()
+        if self.bar.disable and (now - self.printed >= self.seconds or self.done >= self.total):
+            self.printed = now
+            rate = (self.done - self.before) / (now - self.started)
+            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+            parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
