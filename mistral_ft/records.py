@@ -46,13 +46,7 @@ class Record:
     @property
     def image_paths(self) -> list[Path]:
         """Every image of the record, in the order in which the prompt shows them."""
-        return [
-            self.images_dir / block["image"]
-            for message in self.messages
-            if isinstance(message.get("content"), list)
-            for block in message["content"]
-            if block["type"] == "image"
-        ]
+        return [self.images_dir / image for image in image_blocks(self.messages)]
 
     def error(self, reason: str) -> RecordError:
         """A `RecordError` that names this record."""
@@ -93,6 +87,17 @@ def read_records(
     return records
 
 
+def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """Every image path in checked messages, as the user wrote it, in order."""
+    return [
+        block["image"]
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for block in message["content"]
+        if block["type"] == "image"
+    ]
+
+
 def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) for every line of a JSONL file; lines that are no JSON object go to `errors`.
 
@@ -107,21 +112,35 @@ def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[t
     with open(path, "rb") as file:
         for line, raw in enumerate(file, 1):
             try:
-                # utf-8-sig: a byte order mark, as some editors write it, is no part of the first record.
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                data = json.loads(text)
-                if not isinstance(data, dict):
-                    raise ValueError(f"expected a JSON object, got {_kind(data)}")
-            except UnicodeDecodeError as error:
-                errors.append(RecordError(path, line, f"not UTF-8 text: {error.reason} at byte {error.start + 1}"))
-            except json.JSONDecodeError as error:
-                errors.append(RecordError(path, line, _explain(text, error)))
+                data = parse_line(raw, first=line == 1)
             except ValueError as error:
                 errors.append(RecordError(path, line, str(error)))
             else:
-                yield line, data
+                if data is not None:
+                    yield line, data
+
+
+def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
+    """The JSON object of one line of a JSONL file, or None if the line is blank.
+
+    Args:
+        first: whether it is the file's first line, which may start with a byte order mark.
+
+    Raises:
+        ValueError: what is wrong, in one line, without the place.
+    """
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+        if not text.strip():
+            return None
+        data = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(_explain(text, error)) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {_kind(data)}")
+    return data
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:

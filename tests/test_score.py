@@ -1,11 +1,21 @@
 """Score: the first line, rows that count as wrong, the errors file; no torch."""
 
+import json
 import subprocess
 import sys
+from array import array
 
+import jiwer
 import pytest
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.proportion import proportion_confint
 
-from mistral_ft.metrics import is_exact
+from mistral_ft import scoring
+from mistral_ft.comparison import compare
+from mistral_ft.errors import UserError
+from mistral_ft.metrics import anls, fold, is_exact, is_hit, token_f1
+from mistral_ft.scoring import Options, Totals, figures
+from mistral_ft.statistics import mcnemar, paired_bootstrap, wilson
 from tests.conftest import ROOT, read_rows, row, write_jsonl
 
 ROWS = [
@@ -23,11 +33,14 @@ ROWS = [
 def test_the_first_line_and_every_row_that_needs_a_word(tmp_path, run_cli):
     code, out, err = run_cli("score", write_jsonl(tmp_path / "p.jsonl", ROWS), "-e", tmp_path / "e.jsonl")
     assert code == 0
-    assert out == f"Accuracy = 3/7 = 0.4286\n4 wrong records in {tmp_path / 'e.jsonl'}\n"
+    lines = out.splitlines()
+    assert lines[0] == "Accuracy = 3/7 = 0.4286 (95 % interval 0.158 to 0.750)"
+    assert lines[1].split()[:3] == ["normalised", "accuracy", "0.5714"]
+    assert lines[-1] == f"4 wrong records in {tmp_path / 'e.jsonl'}"
     assert err.splitlines() == [
-        "1 rows have an `error`, so they count as wrong: lines 6",
-        "1 rows have no `actual`, so they count as wrong: lines 7",
-        "1 rows have no `expected`, so they are left out: lines 8",
+        "Rows with an `error` count as wrong: 1 (lines 6)",
+        "Rows without `actual` count as wrong: 1 (lines 7)",
+        "Rows without `expected` are left out: 1 (lines 8)",
     ]
     assert read_rows(tmp_path / "e.jsonl") == [ROWS[1], ROWS[4], ROWS[5], ROWS[6]]
 
@@ -73,3 +86,197 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     shell = f"{sys.executable} -m score {tmp_path / 'p.jsonl'} | true"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_parts_of_a_large_file_add_up(tmp_path, monkeypatch):
+    rows = [ROWS[i % 8] | {"id": i if i else 5} for i in range(200)]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    whole = scoring.score_file(path, Options(by="id"))
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 997)
+    with open(tmp_path / "wrong.jsonl", "wb") as wrong:
+        parts = scoring.score_file(path, Options(by="id", keep_wrong=True), wrong)
+    assert figures(parts.totals) == pytest.approx(figures(whole.totals))
+    assert parts.with_error == whole.with_error == array("q", range(6, 201, 8))
+    assert {k: v.hits for k, v in parts.slices.items()} == {k: v.hits for k, v in whole.slices.items()}
+    assert parts.duplicate_ids == whole.duplicate_ids == 1
+    assert read_rows(tmp_path / "wrong.jsonl") == [r for r in rows if r.get("expected") is not None and not is_hit(r)]
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match=r"p.jsonl:201: not one JSON object per line"):
+        scoring.score_file(path, Options())
+
+
+PAIRS = [
+    ("Decree 12", "Decree 12"), ("Decree 13", "Decree 12"), ("", "abc"), ("a b c d", "a x c"), ("Ångström", "Angstrom"),
+    ("one two three", "three two one"), ("the quick brown", "quick brown fox"), ("12.50 €", "12,50 €"),
+]  # fmt: skip
+
+
+def test_error_rates_equal_those_of_jiwer():
+    actual, expected = [a for a, _ in PAIRS], [e for _, e in PAIRS]
+    totals = Totals()
+    for a, e in PAIRS:
+        totals.add({"expected": e, "actual": a})
+    assert figures(totals)["cer"] == pytest.approx(jiwer.cer(expected, actual))
+    assert figures(totals)["wer"] == pytest.approx(jiwer.wer(expected, actual))
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "value"),
+    [
+        ("abcd", "abcd", 1.0),
+        ("ABCD", "abcd", 1.0),  # capitals do not count
+        ("abc", "abcd", 0.75),  # one edit of four
+        ("ab", "abcd", 0.0),  # NL is 0.5, which is not below the threshold
+        ("abxyz", "abcde", 0.0),
+        ("", "", 1.0),
+        ("", "a", 0.0),
+        ("decree 12", "decree 13", 1 - 1 / 9),
+    ],
+)
+def test_anls_of_hand_computed_cases(actual, expected, value):
+    assert anls(actual, expected) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "value"),
+    [
+        ("The Town Clocks!", "town clocks", 1.0),  # articles, capitals and punctuation do not count
+        ("town hall", "town clocks", 0.5),
+        ("a town", "an old town", 2 / 3),  # 1 shared of 1 and 2 words
+        ("town town", "town", 2 / 3),
+        ("the", "a", 1.0),  # both without words
+        ("the", "town", 0.0),
+        ("road", "town", 0.0),
+    ],
+)
+def test_token_f1_of_hand_computed_cases(actual, expected, value):
+    assert token_f1(actual, expected) == pytest.approx(value)
+
+
+def test_folding_makes_equal_what_it_is_asked_to():
+    assert fold("  E\u0301tude  No\t1 ") == fold("étude no 1")
+    assert fold("A", ("space",)) != fold("a", ("space",))
+    assert fold("e\u0301", ("case",)) != fold("é", ("case",))
+    assert fold("a  b", ("nfc",)) != fold("a b", ("nfc",))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (3, 7), (24, 24), (0, 24), (860, 1000), (1, 10**6)])
+def test_wilson_equals_statsmodels(hits, count):
+    assert wilson(hits, count) == pytest.approx(proportion_confint(hits, count, method="wilson"), abs=1e-12)
+
+
+@pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (1, 0), (10, 2), (2, 10), (5, 5), (300, 240)])
+def test_mcnemar_equals_statsmodels(fixed, broken):
+    assert mcnemar(fixed, broken) == pytest.approx(statsmodels_mcnemar([[9, fixed], [broken, 9]], exact=True).pvalue)
+
+
+def test_the_bootstrap_interval_holds_what_it_should():
+    # Two models whose errors differ by 10 edits in 100 rows of 10 characters: about 0.01 +- 0.006 for a sum of 100.
+    before, after = [(1, 10)] * 20 + [(0, 10)] * 80, [(1, 10)] * 10 + [(0, 10)] * 90
+    difference, low, high = paired_bootstrap(before, after)
+    assert difference == pytest.approx(-0.01)
+    # The 10 rows that changed are Poisson(10)-like: 5 to 16 of them in 95 % of the draws.
+    assert -0.0175 < low < -0.0145
+    assert -0.0065 < high < -0.004
+    assert paired_bootstrap(before, before) == (0, 0, 0)
+
+
+def test_fields_of_json_answers():
+    totals = Totals()
+    wanted = '{"number": "A-1", "total": 12.5, "lines": [{"price": 3}, {"price": 4}]}'
+    totals.add({"expected": wanted, "actual": '{"lines":[{"price":3},{"price":5}],"total":12.5,"number":" A-1","x":1}'})
+    totals.add({"expected": wanted, "actual": '{"number": "A-1", "total": '})
+    totals.add({"expected": "plain", "actual": "plain"})
+    result = figures(totals)["json"]
+    assert (result["count"], result["valid"]) == (2, 0.5)
+    assert result["fields"] == {"number": 0.5, "total": 0.5, "lines.0.price": 0.5, "lines.1.price": 0.0}
+    assert result["precision"] == 3 / 5  # five fields were answered, three of them right
+    assert result["recall"] == 3 / 8
+    assert result["f1"] == pytest.approx(2 * 3 / 13)
+
+
+def test_slices_worst_first(tmp_path, run_cli):
+    rows = [{"id": i, "meta": {"kind": "ab"[i % 2]}, "expected": "x" * (i + 8), "actual": "x" * 8} for i in range(4)]
+    path = write_jsonl(tmp_path / "p.jsonl", [*rows, {"id": 9, "expected": "y", "actual": "y"}])
+    out = run_cli("score", path, "--by", "meta.kind")[1].splitlines()
+    assert out[-4:] == [
+        "By meta.kind, worst first:",
+        "b       0.0000  (0.000 to 0.658)  0/2",
+        "a       0.5000  (0.095 to 0.905)  1/2",
+        "(none)  1.0000  (0.207 to 1.000)  1/1",
+    ]
+    out = run_cli("score", path, "--by", "answer_length")[1].splitlines()
+    assert out[-2:] == [
+        "up to 20 characters  0.0000  (0.000 to 0.793)  0/1",
+        "up to 10 characters  0.5000  (0.150 to 0.850)  2/4",
+    ]
+
+
+def test_slices_by_page_size(pages, tmp_path, run_cli):
+    rows = [r | {"actual": "Paris"} for r in read_rows(pages / "train.jsonl")]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    out = run_cli("score", path, "--by", "page_size", "--images_dir", pages)[1].splitlines()
+    assert out[-2:] == [
+        "up to 0.5 megapixels  0.0000  (0.000 to 0.354)  0/7",
+        "no page               1.0000  (0.207 to 1.000)  1/1",
+    ]
+
+
+def predictions(tmp_path, name, answers):
+    return write_jsonl(tmp_path / name, [row(i, "right") | {"actual": a} for i, a in enumerate(answers)])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (["wrong"] * 8, ["right"] * 8, "better"),
+        (["right"] * 8, ["wrong"] * 8, "worse"),
+        (["wrong"] * 2, ["right"] * 2, "cannot tell"),
+        (["right"] * 5, ["right"] * 5, "cannot tell"),
+    ],
+)
+def test_verdict(tmp_path, before, after, verdict):
+    found = compare(predictions(tmp_path, "a.jsonl", before), predictions(tmp_path, "b.jsonl", after))
+    assert found.verdict == verdict
+    assert found.count == len(before)
+
+
+def test_comparison_lists_what_changed(tmp_path, run_cli):
+    before = predictions(tmp_path, "a.jsonl", ["right", "wrong", "right", "rigth"])
+    after = predictions(tmp_path, "b.jsonl", ["right", "right", "wrong", "rigth"])
+    code, out, _ = run_cli("score", after, "--compare", before, "--broken", tmp_path / "broken.jsonl", "--json")
+    assert code == 0
+    found = json.loads(out)["comparison"]
+    assert (found["fixed"], found["broken"], found["p_value"], found["verdict"]) == ([1], [2], 1.0, "cannot tell")
+    assert [r["id"] for r in read_rows(tmp_path / "broken.jsonl")] == [2]
+
+
+def test_rows_are_matched_by_prompt_where_they_have_no_id(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": str(i)}], "expected": "a", "actual": "a"} for i in range(3)]
+    before = write_jsonl(tmp_path / "a.jsonl", rows)
+    after = write_jsonl(tmp_path / "b.jsonl", rows[::-1][:2])
+    found = compare(before, after)
+    assert (found.count, found.left_out) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows: [*rows, rows[0]], "a second row with id 0; rows to compare need different ids"),
+        (lambda rows: [r | {"id": r["id"] + 100} for r in rows], "share no row that can be scored"),
+        (lambda rows: [r | {"expected": "other"} for r in rows], "expect different answers for id 0"),
+    ],
+)
+def test_files_that_cannot_be_compared_are_refused(tmp_path, change, reason):
+    before = predictions(tmp_path, "a.jsonl", ["right"] * 3)
+    after = write_jsonl(tmp_path / "b.jsonl", change(read_rows(before)))
+    with pytest.raises(UserError, match=reason):
+        compare(before, after)
+
+
+def test_fail_under_is_an_exit_code(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    assert run_cli("score", path, "--fail_under", "0.5")[0] == 0
+    assert run_cli("score", path, "--fail_under", "0.51")[0] == 1
+    assert run_cli("score", path, "--fail_under", "90")[0] == 2
+    assert run_cli("score", path, "--broken", "x")[0] == 2
