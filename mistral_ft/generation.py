@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from mistral_ft.data import Collator, RecordDataset, encode_record
 from mistral_ft.errors import RecordError, UserError
@@ -117,17 +117,48 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return batches
 
 
+PREDICTED = ("actual", "confidence", "finish_reason", "error")
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What became of one record: a text, or the reason why there is none."""
+    """What became of one record: a text and how sure the model was of it, or the reason why there is none.
 
-    actual: str | None = None
+    Attributes:
+        log_probs: of the answer's tokens, the end token included.
+        finished: whether the model ended the answer, or the limit of tokens did.
+    """
+
+    actual: str = ""
+    log_probs: tuple[float, ...] = ()
+    finished: bool = True
     error: str | None = None
 
     def write_into(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with `actual`, or with `error`; those of an earlier prediction go."""
-        kept = {name: value for name, value in record.items() if name not in ("actual", "error")}
-        return kept | ({"actual": self.actual} if self.error is None else {"error": self.error})
+        """The record with the fields in `PREDICTED`; those of an earlier prediction go."""
+        kept = {name: value for name, value in record.items() if name not in PREDICTED}
+        if self.error is not None:
+            return kept | {"error": self.error}
+        total, count = sum(self.log_probs), len(self.log_probs)
+        # The last digits depend on what else is in the batch; four decimals are plenty.
+        sure = {"sum": round(total, 4), "mean": round(total / count, 4), "min": round(min(self.log_probs), 4)}
+        return kept | {
+            "actual": self.actual,
+            "confidence": sure | {"tokens": count},
+            "finish_reason": "stop" if self.finished else "length",
+        }
+
+
+class _GreedyLogProbs(LogitsProcessor):
+    """Notes the log-probability of each token that greedy decoding takes: that of the likeliest one."""
+
+    def __init__(self):
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        self.steps.append(scores.max(-1).values - scores.logsumexp(-1))
+        return scores
 
 
 class Generator:
@@ -170,22 +201,27 @@ class Generator:
         for rows, (failed, answerable, batch) in zip(batches, loader, strict=True):
             answers = {index: Answer(error=error) for index, error in failed.items()}
             if answerable:
-                answers |= dict(zip(answerable, map(Answer, self._generate(batch)), strict=True))
+                answers |= dict(zip(answerable, self._generate(batch), strict=True))
             yield {index: answers[index] for index in rows}
 
     @torch.inference_mode()
-    def _generate(self, batch: dict[str, torch.Tensor]) -> list[str]:
+    def _generate(self, batch: dict[str, torch.Tensor]) -> list[Answer]:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        log_probs = _GreedyLogProbs()
         try:
-            output = self.model.generate(**batch, generation_config=self.settings)
+            output = self.model.generate(**batch, generation_config=self.settings, logits_processor=[log_probs])
         except torch.OutOfMemoryError:
             rows, length = batch["input_ids"].shape
             raise UserError(
                 f"the GPU's memory does not hold a batch of {rows} records of up to {length} tokens; lower --batch_size"
             ) from None
         eos = self.encoder.control.eos
-        answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        return [self.encoder.decode(ids[: ids.index(eos)] if eos in ids else ids) for ids in answers]
+        answers = []
+        new_ids = output[:, batch["input_ids"].shape[1] :].tolist()
+        for ids, probs in zip(new_ids, torch.stack(log_probs.steps, 1).tolist(), strict=True):
+            end = ids.index(eos) + 1 if eos in ids else len(ids)
+            answers.append(Answer(self.encoder.decode(ids[:end]), tuple(probs[:end]), eos in ids))
+        return answers
 
 
 class _Prompts:

@@ -33,7 +33,7 @@ def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tin
     assert run_cli("predict", data, run, "-o", predictions, "--max_new_tokens", 20)[0] == 0
     code, out, _ = run_cli("score", predictions, "-e", errors)
     assert code == 0
-    assert out.splitlines()[0] == "Accuracy = 8/8 = 1.0000"
+    assert out.startswith("Accuracy = 8/8 = 1.0000 (")
     assert errors.read_text() == ""
 
     # The base itself knows nothing of this.

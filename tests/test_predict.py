@@ -9,7 +9,7 @@ from peft import PeftModel
 from mistral_ft import generation
 from mistral_ft.data import Collator, RecordDataset
 from mistral_ft.errors import UserError
-from mistral_ft.generation import plan_batches
+from mistral_ft.generation import PREDICTED, plan_batches
 from mistral_ft.images import ImageFitter
 from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base
@@ -45,8 +45,14 @@ def test_every_record_comes_back_in_order_with_an_answer(pages, run, run_cli, tm
     assert out == f"8 rows in {run.name}.jsonl, 0 with an error\n"
     predicted = read_rows(tmp_path / f"{run.name}.jsonl")
     for before, after in zip(rows, predicted, strict=True):
-        assert isinstance(after.pop("actual"), str)
-        assert after == {k: v for k, v in before.items() if k not in ("actual", "error")}
+        sure = after["confidence"]
+        assert sure["min"] <= sure["mean"] < 0
+        assert sure["sum"] == pytest.approx(sure["mean"] * sure["tokens"], abs=1e-3)
+        assert isinstance(after["actual"], str)
+        assert after["finish_reason"] == "length" or sure["tokens"] <= 5
+        assert {k: v for k, v in after.items() if k not in PREDICTED} == {
+            k: v for k, v in before.items() if k not in PREDICTED
+        }
     assert not (tmp_path / f"{run.name}.jsonl.partial").exists()
 
 
@@ -64,9 +70,12 @@ def predict(pages, run_cli, tmp_path):
 
 
 def test_answers_do_not_depend_on_the_batch_size(run, predict):
-    expected = predict(run, "1.jsonl", "--batch_size", 1)
-    assert predict(run, "3.jsonl", "--batch_size", 3) == expected
-    assert predict(run, "16.jsonl", "--batch_size", 16) == expected
+    def answers(name, batch_size):
+        rows = predict(run, name, "--batch_size", batch_size).decode().splitlines()
+        return [json.loads(row)["actual"] for row in rows]
+
+    expected = answers("1.jsonl", 1)
+    assert answers("3.jsonl", 3) == answers("16.jsonl", 16) == expected
 
 
 def test_adapter_checkpoint_and_merged_folder_answer_alike(run, predict, run_cli, tmp_path):
@@ -89,6 +98,26 @@ def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages,
         batch.pop("labels")
         settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert merged.generate(**batch, **settings).tolist() == unmerged.generate(**batch, **settings).tolist()
+
+
+def test_confidence_is_the_log_probability_of_the_answers_tokens(pages, run, predict):
+    first = json.loads(predict(run, "a.jsonl", "--batch_size", 1).decode().splitlines()[0])
+    encoder = PromptEncoder.from_folder(run)
+    record = read_records([pages / "train.jsonl"])[0]
+    dataset = RecordDataset([record], encoder, ImageFitter.from_folder(TINY), False)
+    batch = Collator(11)([dataset[0]])
+    batch.pop("labels")
+    model = load_base(TINY, torch.device("cpu")).eval()
+    Adapter(run).merge_into(model, torch.bfloat16)
+    length = batch["input_ids"].shape[1]
+    ids = model.generate(**batch, max_new_tokens=10, do_sample=False, pad_token_id=11, eos_token_id=2)
+    batch["input_ids"], batch["attention_mask"] = ids, torch.ones_like(ids)
+    log_probs = model(**batch).logits.log_softmax(-1)[0, length - 1 : -1]
+    chosen = log_probs.gather(1, ids[0, length:, None])[:, 0]
+    assert first["confidence"]["tokens"] == len(chosen)
+    assert first["confidence"]["sum"] == pytest.approx(chosen.sum().item(), abs=1e-3)
+    assert first["confidence"]["min"] == pytest.approx(chosen.min().item(), abs=1e-3)
+    assert first["finish_reason"] == ("stop" if ids[0, -1] == 2 else "length")
 
 
 def test_limit_answers_the_first_rows(run, predict):
