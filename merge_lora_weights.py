@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("name", help="adapter: a run in output/, or the path of its folder")
     parser.add_argument("output_dir", type=Path, help="folder to make; it must not exist or be empty")
     args = parser.parse_args()
+    args.output_dir = args.output_dir.resolve()  # a link to an empty folder is filled, not replaced
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise UserError(f"{args.output_dir}: exists and is not an empty folder; give a new one")
     folders = [folder for folder in (Path(args.name), Path("output") / args.name) if folder.is_dir()]
@@ -25,14 +26,15 @@ def main() -> None:
         raise UserError(f"{args.name}: no such adapter folder, and none in output/")
 
     from mistral_ft.files import atomic_folder
-    from mistral_ft.hub import find_model_folder
     from mistral_ft.lora import Adapter
     from mistral_ft.merging import check_merged, copy_other_files, match_updates, merge_shard, read_weight_map
+    from mistral_ft.model import check_model_folder
     from mistral_ft.progress import Progress
 
     # 2. The adapter, the base, and which tensor of the base each of its updates belongs to.
     adapter = Adapter(next((folder for folder in folders if Adapter.is_one(folder)), folders[0]))
-    base = find_model_folder(adapter.base_model)
+    base = adapter.find_base()
+    check_model_folder(base)
     weight_map = read_weight_map(base)
     updates = match_updates(adapter, base, weight_map)
 
@@ -45,7 +47,7 @@ def main() -> None:
             progress.update()
         progress.close()
         copy_other_files(base, folder)
-        check_merged(folder, weight_map)
+        check_merged(folder, weight_map, adapter)
     print(f"Merged {len(updates)} of {len(weight_map)} tensors of {adapter.base_model} into {args.output_dir}")
 
 

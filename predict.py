@@ -32,6 +32,12 @@ def parse_arguments():
     return args
 
 
+def default_name(model: str) -> str:
+    """The run's name, with the checkpoint's behind it for one of those; the last part of a path or hub id."""
+    folder = Path(model).resolve()
+    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+
+
 def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
@@ -63,7 +69,7 @@ def main() -> int:
         "device": device.type,
         "versions": versions(),
     }
-    output = Path(args.output or f"{Path(args.model.rstrip('/')).name}.jsonl")
+    output = Path(args.output or f"{default_name(args.model)}.jsonl")
     if output.resolve() == Path(args.dataset).resolve():
         raise UserError(f"{output}: is the dataset itself; give another file with -o")
     predictions = Predictions(output, settings, plan, args.overwrite)
@@ -83,7 +89,7 @@ def main() -> int:
                 progress.update(len(answers), text if predictions.scored else "")
     except KeyboardInterrupt:
         progress.close()
-        raise UserError(
+        raise KeyboardInterrupt(
             f"stopped: {len(predictions.done)} of {len(rows)} rows are done; the same command continues"
         ) from None
     progress.close()

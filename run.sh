@@ -11,8 +11,7 @@ if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
 fi
 . .venv/bin/activate
 
-gpu_gib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | tail -n 1 || true)
-gpu_gib=$((${gpu_gib:-0} / 1024))
+gpu_gib=$(python -c 'import torch as t; print(t.cuda.get_device_properties(0).total_memory >> 30 if t.cuda.is_available() else 0)')
 
 if [ "$gpu_gib" -ge 70 ]; then
 

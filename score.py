@@ -36,6 +36,11 @@ def parse_arguments():
     parser.add_argument("--fail_under", type=float, metavar="X", help="exit code 1 if the accuracy is below X")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
+    outputs = [Path(path).resolve() for path in (args.errors, args.broken) if path]
+    if len({*outputs, *(Path(path).resolve() for path in (args.file, args.compare) if path)}) < (
+        1 + bool(args.compare) + len(outputs)
+    ):
+        parser.error("two of the files are the same one")
     if args.broken and not args.compare:
         parser.error("--broken has no effect without --compare")
     if args.fail_under is not None and not 0 <= args.fail_under <= 1:

@@ -7,7 +7,9 @@ and run.json: the settings, the data's hash and the package versions. Every reco
 the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues a run.
 """
 
+import os
 import sys
+from pathlib import Path
 
 from mistral_ft.arguments import EPILOG, DataArguments, HelpFormatter, LoraArguments, ModelArguments, TrainParser
 from mistral_ft.errors import UserError, run_step
@@ -28,10 +30,15 @@ def main() -> None:
     data_args, model_args, lora_args, args = TrainParser((*ours, FinetuneArguments), prog="python -m train").parse()
     if problems := lora_args.problems():
         raise UserError("; ".join(problems))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("training runs in one process, on one GPU: start it with python -m train, without torchrun")
 
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)
+    if (lora_args.vision_lora or lora_args.train_projector) and not any(record.image_paths for record in records):
+        raise UserError("--vision_lora and --train_projector have no effect: no record has an image")
 
+    import torch
     from transformers import set_seed
 
     from mistral_ft.data import Collator, RecordDataset, count_tokens
@@ -41,10 +48,15 @@ def main() -> None:
     from mistral_ft.model import check_model_folder, load_base, pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
-    from mistral_ft.training import FinetuneTrainer
+    from mistral_ft.training import FinetuneTrainer, check_optimizer
 
     quiet_libraries()
-    device = pick_device(model_args.gpu_memory_gib)
+    device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
+
+    check_optimizer(args)
+    settings = {"data": data_args, "model": model_args, "lora": lora_args, "training": args}
+    resumed = None if args.resume_from_checkpoint is None else Run.resume(args.resume_from_checkpoint, settings)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
     # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.
     base = find_model_folder(model_args.model_id, weights=False)
@@ -54,11 +66,7 @@ def main() -> None:
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
 
     # 4. The run's folder: a new one, or that of the run to continue.
-    settings = {"data": data_args, "model": model_args, "lora": lora_args, "training": args}
-    if args.resume_from_checkpoint:
-        run = Run.resume(args.resume_from_checkpoint, settings)
-    else:
-        run = Run.create(args.output_dir, settings, base, len(records))
+    run = resumed or Run.create(args.output_dir, settings, base, len(records))
     args.output_dir = str(run.folder)
     print(f"Run folder {run.folder}")
 
@@ -79,7 +87,16 @@ def main() -> None:
             data_collator=Collator(encoder.control.pad),
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
         )
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the GPU's memory does not hold a batch of {args.per_device_train_batch_size} records of up to "
+                f"{max(lengths):,} tokens: lower --per_device_train_batch_size or shorten the longest records"
+            ) from None
+
+        if not trainer.state.global_step:
+            raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
         # 7. The adapter, whole or not at all.
         run.save_adapter(model)

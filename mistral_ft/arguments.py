@@ -100,10 +100,12 @@ class LoraArguments:
     vision_lr: float | None = _field(None, "Learning rate of the vision tower's adapter (default: --learning_rate).")
     projector_lr: float | None = _field(None, "Learning rate of the projector's adapter (default: --learning_rate).")
 
-    def problems(self) -> list[str]:
-        """Everything wrong with these arguments, one line each."""
+    def __post_init__(self):
         if self.freeze_vision_tower is False:
             self.vision_lora = True
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these arguments, one line each."""
         found = []
         if self.freeze_vision_tower and self.vision_lora:
             found.append("--freeze_vision_tower True and --vision_lora True contradict each other")
@@ -111,6 +113,10 @@ class LoraArguments:
             found.append(f"--lora_rank {self.lora_rank}: must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
+        if self.lora_alpha < 1:
+            found.append(f"--lora_alpha {self.lora_alpha}: must be at least 1")
+        if self.num_lora_modules < -1 or self.num_lora_modules == 0:
+            found.append(f"--num_lora_modules {self.num_lora_modules}: must be at least 1, or -1 for all")
         if self.num_lora_modules < 0 and (self.lora_modules_truncate_tail or self.lora_modules_truncate_offset):
             found.append("--lora_modules_truncate_tail and --lora_modules_truncate_offset need --num_lora_modules")
         if self.lora_modules_truncate_offset < 0:

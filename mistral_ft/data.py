@@ -84,9 +84,13 @@ def count_tokens(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = Progress("checking", len(paths), "page")
         grids = {}
-        for path, found in zip(paths, pool.map(grid, paths), strict=True):
-            grids[path] = found
-            progress.update()
+        try:
+            for path, found in zip(paths, pool.map(grid, paths), strict=True):
+                grids[path] = found
+                progress.update()
+        except BaseException:  # Ctrl-C waits for the pages under way, not for all
+            pool.shutdown(cancel_futures=True)
+            raise
         progress.close()
 
     errors: list[RecordError] = []

@@ -1,10 +1,15 @@
 """Errors a user can mend, and the one place where they become a line on stderr."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+# The operating system's ways to say that a disk takes no more.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -20,8 +25,10 @@ class RecordError(UserError):
         reason: what is wrong and what is expected instead.
     """
 
-    def __init__(self, path: str | os.PathLike, line: int, reason: str):
-        super().__init__(f"{path}:{line}: {reason}")
+    def __init__(self, path: str | os.PathLike, line: int = 0, reason: str = ""):
+        # A DataLoader worker's error is built again from its text alone, in the main process.
+        super().__init__(f"{path}:{line}: {reason}" if reason else str(path))
+        self.path = str(path)
         self.line = line
         self.reason = reason
 
@@ -35,7 +42,7 @@ def raise_all(errors: Sequence[RecordError], shown: int = 20) -> None:
     if not errors:
         return
     text = str(errors[0])
-    others = [str(e.line) for e in errors[1:]]
+    others = [str(e.line) if e.path == errors[0].path else f"{e.path}:{e.line}" for e in errors[1:]]
     if others:
         more = ", …" if len(others) > shown else ""
         text += f" (and {len(others)} more bad rows, on lines {', '.join(others[:shown])}{more})"
@@ -59,22 +66,33 @@ def run_step(main: Callable[[], int | None]) -> None:
     A user's mistake (`UserError`, or the operating system refusing a file) ends in one line on stderr. Anything else
     is our bug and keeps its traceback.
     """
+    # What a scheduler sends is cleaned up after like Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        code = _fail(str(error), 2)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
+        # From a DataLoader worker comes its whole traceback; the last line is ours.
+        code = _fail(str(error).strip().splitlines()[-1].removeprefix("mistral_ft.errors.RecordError: "), 2)
+    except KeyboardInterrupt as stop:
+        code = _fail(str(stop) or "interrupted", 130)
     except BrokenPipeError:
         # The reader (head, less) went away: give the interpreter a stdout that it can flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK_FAULTS:
             raise
-        code = _fail(f"{error.filename}: {error.strerror}", 2)
+        code = _fail(f"{error.filename or 'cannot write'}: {error.strerror}", 2)
+    except Exception as error:
+        if "No space left on device" not in str(error):  # as safetensors and torch pass it on
+            raise
+        code = _fail("no space left on the disk", 2)
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt("terminated")
 
 
 def _fail(text: str, code: int) -> int:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their fingerprints."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -10,11 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from mistral_ft.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder to write {path.name} into")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a file")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         # mkstemp makes files that only their owner can read; give them what open() would have given.
@@ -40,7 +47,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+        if not _is_running(int(left.name.split(".")[-3])):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp"))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
@@ -53,6 +63,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def settle(path: str | os.PathLike) -> None:
@@ -80,6 +100,23 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 def read_json(path: str | os.PathLike) -> Any:
     """Read one JSON document."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object that a user's folder must hold, such as a config.json.
+
+    Raises:
+        UserError: if it is missing or broken.
+    """
+    try:
+        data = read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: broken: holds no JSON object")
+    return data
 
 
 def sha256_file(path: str | os.PathLike) -> str:

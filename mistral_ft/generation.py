@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from mistral_ft.data import Collator, RecordDataset, encode_record
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.files import read_json, sha256_file
+from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter, page_size
 from mistral_ft.lora import Adapter
@@ -53,34 +53,40 @@ class ModelFolders:
             return cls(model)
         adapter = Adapter(model)
         run = find_run_folder(model)
-        trained_with = read_run(run)["prompt"]["tokenizer_sha256"]
-        if sha256_file(run / "tokenizer.json") != trained_with:
+        trained_with = read_run(run).get("prompt", {}).get("tokenizer_sha256")
+        if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
         return cls(adapter.base_model, adapter)
 
+    def find_base(self, weights: bool = True) -> Path:
+        """The base's folder (see `find_model_folder`)."""
+        return self.adapter.find_base(weights) if self.adapter else find_model_folder(self.base, weights)
+
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's."""
-        base = find_model_folder(self.base, weights=False)
+        base = self.find_base(weights=False)
         check_model_folder(base)
         prompt = find_run_folder(self.adapter.folder) if self.adapter else base
         return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(base)
 
     def load(self, device: torch.device):
         """The model, the adapter merged into it, ready to generate."""
-        folder = find_model_folder(self.base)
+        folder = self.find_base()
         model = load_base(folder, device)
         if self.adapter:
-            config = read_json(folder / "config.json")
+            config = read_settings(folder / "config.json")
             dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
             self.adapter.merge_into(model, dtype)
         return model.eval()
 
     def fingerprint(self) -> str:
         """A hash that changes with the weights. Of the base's shards it reads name, size and time, not 48 GB."""
-        base = find_model_folder(self.base, weights=False)
-        parts: list[Any] = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(base.glob("*.safetensors"))
-        ]
+        base = self.find_base(weights=False)
+        # A hub id's folder is named by its commit; the shards of another one may not be there yet.
+        parts: list[Any] = [base.name]
+        if Path(self.base).is_dir():
+            shards = sorted(base.glob("*.safetensors"))
+            parts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
         parts.append(sha256_file(base / "config.json"))
         if self.adapter:
             parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from mistral_ft.errors import UserError
+from mistral_ft.errors import DISK_FAULTS, UserError
 
 MODEL_ID = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
 
@@ -23,8 +23,10 @@ def find_model_folder(model_id: str, weights: bool = True) -> Path:
     Raises:
         UserError: if there is no such folder or model, or the hub refuses it or cannot be reached.
     """
-    if Path(model_id).is_dir():
-        return Path(model_id)
+    # An adapter names its base as it was given to train, perhaps relative to this toolkit's folder.
+    for folder in (Path(model_id), Path(__file__).parents[1] / model_id):
+        if folder.is_dir():
+            return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
         raise UserError(
             f"{model_id}: no such folder, and no hub id such as mistralai/Mistral-Small-3.1-24B-Instruct-2503"
@@ -45,9 +47,11 @@ def _download(model_id: str, patterns: tuple[str, ...]) -> str:
 
 def _explain(model_id: str, error: Exception) -> Exception:
     """What a failed download means for the user; errors that are not the hub's come back as they are."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
-    token = "HF_TOKEN" in os.environ
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return UserError(f"{model_id}: cannot be downloaded: {error.strerror} ({error.filename or 'the disk'})")
+    token = get_token() is not None
     cause = error
     while cause is not None:  # the refusal can hide behind the error of the cache that was tried next
         if isinstance(cause, errors.GatedRepoError):

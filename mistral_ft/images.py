@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_json
+from mistral_ft.files import read_settings
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,26 @@ class ImageFitter:
         for name in ("config.json", "preprocessor_config.json"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: missing; a model that takes images has one")
-        config, settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+        config, settings = read_settings(folder / "config.json"), read_settings(folder / "preprocessor_config.json")
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if settings.get(name, True) is not True:
                 raise UserError(f"{folder / 'preprocessor_config.json'}: {name} is off, which is not supported")
         if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
             raise UserError(f"{folder / 'preprocessor_config.json'}: rescale_factor is not 1/255, not supported")
-        return cls(
-            cell_size=config["vision_config"]["patch_size"] * config.get("spatial_merge_size", 1),
-            longest_edge=settings["size"]["longest_edge"],
-            mean=tuple(settings["image_mean"]),
-            std=tuple(settings["image_std"]),
-            resample=settings.get("resample", Image.Resampling.BICUBIC),
-        )
+        try:
+            fitter = cls(
+                cell_size=config["vision_config"]["patch_size"] * config.get("spatial_merge_size", 1),
+                longest_edge=settings["size"]["longest_edge"],
+                mean=tuple(map(float, settings["image_mean"])),
+                std=tuple(map(float, settings["image_std"])),
+                resample=Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC)),
+            )
+            good = len(fitter.mean) == 3 == len(fitter.std) and min(*fitter.std, fitter.cell_size) > 0
+            if not good or fitter.longest_edge < fitter.cell_size:
+                raise ValueError("values out of range")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'preprocessor_config.json'}: broken: {error!r}") from None
+        return fitter
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """The (rows, columns) of image tokens of a page of `width` x `height` pixels.
@@ -103,23 +110,28 @@ def page_size(path: str | os.PathLike) -> tuple[int, int]:
         ValueError: why it cannot be opened, in one line.
     """
     with _opened(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"image {path} does not exist")
-    if path.is_dir():
-        raise ValueError(f"image {path} is a folder")
+    name = str(path) if len(str(path)) < 300 else f"{str(path)[:300]}…"
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(f"image {path} cannot be opened: {reason}") from None
+    except FileNotFoundError:
+        raise ValueError(f"image {name} does not exist") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"image {name} has more than {limit} million pixels; scale it down") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"image {name} cannot be opened: no image format that Pillow knows") from None
+    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"image {name} cannot be opened: {reason}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,8 @@ from torch import nn
 
 from mistral_ft.arguments import LoraArguments
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_json
+from mistral_ft.files import read_settings
+from mistral_ft.hub import find_model_folder
 from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 TEXT_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -116,10 +117,21 @@ class Adapter:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: missing; an adapter folder made by train has one")
-        self.config = read_json(self.folder / ADAPTER_CONFIG)
+        self.config = read_settings(self.folder / ADAPTER_CONFIG)
         _check_kind(self.folder / ADAPTER_CONFIG, self.config)
         self.base_model: str = self.config["base_model_name_or_path"]
         self.updates = dict(self._read_updates())
+
+    def find_base(self, weights: bool = True) -> Path:
+        """The base's folder.
+
+        Raises:
+            UserError: if it cannot be found, naming the file that names it.
+        """
+        try:
+            return find_model_folder(self.base_model, weights)
+        except UserError as error:
+            raise UserError(f"{error} (named in {self.folder / ADAPTER_CONFIG})") from None
 
     @staticmethod
     def is_one(folder: str | os.PathLike) -> bool:
@@ -172,6 +184,11 @@ class Adapter:
             if not {"lora_A", "lora_B"} <= parts.keys():
                 raise UserError(f"{path}: {name} has lora_A or lora_B only")
             rank = parts["lora_A"].shape[0]
+            lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+            if lora_A.ndim != 2 or lora_B.ndim != 2 or not 0 < lora_A.shape[0] == lora_B.shape[1]:
+                raise UserError(f"{path}: {name}: lora_A and lora_B do not fit together")
+            if not all(part.isfinite().all() for part in parts.values()):
+                raise UserError(f"{path}: {name} holds values that are no numbers; the training went wrong")
             alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
             scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
             yield name, LayerUpdate(parts["lora_A"], parts["lora_B"], scaling, parts.get("lora_magnitude_vector"))
@@ -186,6 +203,9 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
     """Refuse adapters that `LayerUpdate.apply` would merge wrongly, kinds that peft invents later among them."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; supported is 'LORA'")
+    for name, kind in (("base_model_name_or_path", str), ("lora_alpha", (int, float))):
+        if not isinstance(config.get(name), kind):
+            raise UserError(f"{path}: broken: {name} is {config.get(name)!r}")
     unsupported = [name for name, value in config.items() if value and name not in MERGEABLE_SETTINGS]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")

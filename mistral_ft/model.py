@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Mistral3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,7 +16,7 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_json
+from mistral_ft.files import read_settings
 
 # Patches that go through the vision tower at once: about three full pages. More make it no faster and cost memory.
 MAX_TOWER_PATCHES = 32768
@@ -99,12 +100,18 @@ def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForCon
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
         )
-    except OSError as error:
-        raise UserError(f"{folder}: cannot load the weights: {str(error).splitlines()[0]}") from error
-    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if wrong:
-        raise UserError(f"{folder}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    except torch.OutOfMemoryError:
+        raise UserError(f"{folder}: the GPU's memory does not hold the weights") from None
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # A folder whose files do not fit together fails in many ways inside transformers.
+        first = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"{folder}: cannot be loaded: {type(error).__name__}: {first}") from error
+    for kind, what in (("missing_keys", "missing"), ("unexpected_keys", "left over"), ("mismatched_keys", "misshapen")):
+        if report[kind]:
+            example = min(map(str, report[kind]))
+            raise UserError(f"{folder}: {len(report[kind])} weights are {what} for its config.json, such as {example}")
     # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
     model.model.__class__ = PageMistral3Model
     return model
@@ -119,23 +126,27 @@ def check_model_folder(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} is no model folder")
-    config = read_json(path)
+    config = read_settings(path)
     if config.get("model_type") != "mistral3":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; supported is 'mistral3'")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{path}: broken: no {part}")
     if config.get("vision_feature_layer", -1) != -1:
         raise UserError(f"{path}: vision_feature_layer is {config['vision_feature_layer']}; supported is -1, the last")
 
 
-def pick_device(gpu_memory_gib: float | None = None) -> torch.device:
+def pick_device(gpu_memory_gib: float | None = None, use_cpu: bool = False) -> torch.device:
     """The first GPU, else the CPU.
 
     Args:
+        use_cpu: take the CPU whatever there is.
         gpu_memory_gib: the memory to get by with, as on a smaller card; None takes all there is.
 
     Raises:
         UserError: if the card has less than that, or there is no GPU to limit.
     """
-    if not torch.cuda.is_available():
+    if use_cpu or not torch.cuda.is_available():
         if gpu_memory_gib is not None:
             raise UserError("--gpu_memory_gib: there is no GPU here to limit")
         return torch.device("cpu")
@@ -158,5 +169,6 @@ def quiet_libraries() -> None:
     """Keep the libraries' own chatter off the user's screen; their progress bars stay, on a terminal."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a page is said by file and line
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import atomic_write
@@ -41,16 +41,16 @@ class Predictions:
         self.partial = Path(f"{path}.partial")
         self.plan = [list(batch) for batch in plan]
         self.done: dict[int, dict[str, Any]] = {}
-        header = json.dumps({"settings": settings, "plan": self.plan}, ensure_ascii=False)
-        if self.partial.exists() and not overwrite:
-            end = self._read(json.loads(header))
-            os.truncate(self.partial, end)
-        else:
-            with atomic_write(self.partial) as file:
-                file.write(header + "\n")
+        self._header = {"settings": settings, "plan": self.plan}
+        self._file: IO[str] | None = None
         self.hits = self.scored = 0
-        self._count(self.done)
-        self._file = open(self.partial, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish or by the process' end
+        if not self.path.parent.is_dir():
+            raise UserError(f"{self.path.parent}: no such folder to write {self.path.name} into")
+        if self.path.is_dir():
+            raise UserError(f"{self.path}: is a folder; give a file")
+        if self.partial.exists() and not overwrite:
+            self._read()
+            self._count(self.done)
 
     @property
     def batches_left(self) -> list[list[int]]:
@@ -60,6 +60,8 @@ class Predictions:
     def add(self, batch: dict[int, dict[str, Any]]) -> None:
         """Put one finished batch on the disk: rows by number, in the order of the plan."""
         assert list(batch) in self.plan
+        if self._file is None:
+            self._file = self._open()
         for index, row in batch.items():
             self._file.write(json.dumps({"index": index, "row": row}, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -74,33 +76,46 @@ class Predictions:
 
     def finish(self) -> None:
         """Write the file, rows in the order of the data, and remove the partial one."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(self.done[i], ensure_ascii=False) + "\n" for i in sorted(self.done))
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)
 
-    def _read(self, header: dict[str, Any]) -> int:
-        """Take over the whole batches of the partial file; return the position behind the last of them."""
+    def _open(self) -> IO[str]:
+        """The partial file, cut behind its last whole batch, or a new one."""
+        if not self.done:
+            with atomic_write(self.partial) as file:
+                file.write(json.dumps(self._header, ensure_ascii=False) + "\n")
+        else:
+            os.truncate(self.partial, self._end)
+        return open(self.partial, "a", encoding="utf-8")
+
+    def _read(self) -> None:
+        """Take over the whole batches of the partial file, and note where the last of them ends."""
         with open(self.partial, "rb") as file:
-            found = _parse(file.readline())
-            if found is None or found["settings"].keys() != header["settings"].keys():
+            found, wanted = _parse(file.readline()), self._header["settings"]
+            first = _parse(file.readline())
+            if found is None or first is None:
+                return  # nothing was finished
+            if not isinstance(found.get("settings"), dict) or found["settings"].keys() != wanted.keys():
                 raise UserError(f"{self.partial}: not readable as an unfinished run; --overwrite starts again")
-            changed = [name for name, value in header["settings"].items() if found["settings"][name] != value]
+            changed = [name for name, value in wanted.items() if found["settings"][name] != value]
             if changed:
                 raise UserError(
                     f"{self.partial} is an unfinished run with another {', '.join(changed)}; --overwrite starts again"
                 )
             # The plan follows from the settings, unless this program has changed.
-            if found["plan"] != header["plan"]:
+            if found["plan"] != self._header["plan"]:
                 raise UserError(f"{self.partial} is an unfinished run with other batches; --overwrite starts again")
-            end = file.tell()
+            file.seek(0)
+            file.readline()
             for batch in self.plan:
                 rows = [_parse(file.readline()) for _ in batch]
                 if [row and row["index"] for row in rows] != batch:
                     break
                 self.done |= {row["index"]: row["row"] for row in rows}
-                end = file.tell()
-        return end
+                self._end = file.tell()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -108,6 +123,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)
+        data = json.loads(line)
     except ValueError:
         return None
+    return data if isinstance(data, dict) else None

@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_json, write_json
+from mistral_ft.files import read_settings, write_json
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
 
@@ -238,12 +238,16 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     tekken, fast = folder / "tekken.json", folder / "tokenizer.json"
     pattern = TEKKEN_PATTERN
     if tekken.is_file():
-        config = read_json(tekken)["config"]
-        if config["version"] != "v7":
-            raise UserError(f"{tekken}: version {config['version']}; supported is v7, that of Mistral-Small-3.1")
+        config = read_settings(tekken).get("config")
+        version = config.get("version") if isinstance(config, dict) else None
+        if version != "v7" or not isinstance(config.get("pattern"), str):
+            raise UserError(f"{tekken}: version {version}; supported is v7, that of Mistral-Small-3.1")
         pattern = config["pattern"]
     if fast.is_file():
-        tokenizer = Tokenizer.from_file(str(fast))
+        try:
+            tokenizer = Tokenizer.from_file(str(fast))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise UserError(f"{fast}: broken: {error}") from None
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -275,7 +279,7 @@ def save_prompt_files(base: str | os.PathLike, folder: str | os.PathLike) -> Non
     shutil.copyfile(CHAT_TEMPLATE, folder / "chat_template.jinja")
 
     config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_settings(config_path) if config_path.is_file() else {}
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, token in {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}.items():
         config.setdefault(f"{name}_token", token)

@@ -68,12 +68,12 @@ def read_records(
             line number.
     """
     records: list[Record] = []
+    errors: list[RecordError] = []
     for path in map(Path, paths):
-        errors: list[RecordError] = []
         folder = Path(images_dir) if images_dir is not None else path.parent
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
-        before = len(records)
+        before = len(records) + len(errors)
         for line, data in read_jsonl(path, errors):
             try:
                 check_record(data, expected_required)
@@ -81,9 +81,9 @@ def read_records(
                 errors.append(RecordError(path, line, str(error)))
             else:
                 records.append(Record(path, line, data, folder))
-        raise_all(errors)
-        if len(records) == before:
+        if len(records) + len(errors) == before:
             raise UserError(f"{path}: holds no record; expected one JSON object per line")
+    raise_all(errors)
     return records
 
 
@@ -138,8 +138,13 @@ def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(_explain(text, error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {_kind(data)}")
+    # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
+    if r"\ud" in text.lower() and any("\ud800" <= c <= "\udfff" for c in json.dumps(data, ensure_ascii=False)):
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
     return data
 
 
@@ -184,8 +189,9 @@ def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
             raise ValueError("no `expected`: the answer to learn and to score against")
     elif not isinstance(expected, str):
         raise ValueError(f"`expected` must be a string, got {_kind(expected)}; put JSON answers in quotes")
-    else:
-        _check_text(expected, "`expected`")
+    tools = data.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"`tools` must be a list of objects, got {_kind(tools)}")
 
 
 def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
@@ -199,18 +205,40 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
     if role == "tool" and (previous is None or previous["role"] not in ("assistant", "tool")):
         raise ValueError("a tool message must follow the assistant's tool call")
 
-    if isinstance(content, str):
-        _check_text(content, "`content`")
-    elif isinstance(content, list):
+    if isinstance(content, list):
         for number, block in enumerate(content, 1):
             try:
                 _check_block(block, role)
             except ValueError as error:
                 raise ValueError(f"block {number}: {error}") from None
-    elif content is not None or not message.get("tool_calls"):
+    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
         raise ValueError(f"`content` must be a string or a list of blocks, got {_kind(content)}")
     if role == "assistant" and not content and not message.get("tool_calls"):
         raise ValueError("an assistant message says nothing: it needs `content` or `tool_calls`")
+    if message.get("tool_calls") is not None:
+        if role != "assistant":
+            raise ValueError(f"`tool_calls` belong in an assistant message, not in one of role {role!r}")
+        _check_tool_calls(message["tool_calls"])
+    if not isinstance(message.get("tool_call_id", ""), str):
+        raise ValueError(f"`tool_call_id` must be a string, got {_kind(message['tool_call_id'])}")
+
+
+def _check_tool_calls(calls: Any) -> None:
+    shape = '[{"id": …, "function": {"name": …, "arguments": …}}]'
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"`tool_calls` must look like {shape}, got {_kind(calls)}")
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"`tool_calls` must look like {shape}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise ValueError(f"`arguments` of {function['name']} are no JSON") from None
+        if not isinstance(arguments, dict):
+            raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {_kind(arguments)}")
 
 
 def _check_block(block: Any, role: str) -> None:
@@ -220,20 +248,15 @@ def _check_block(block: Any, role: str) -> None:
     if kind == "text":
         if not isinstance(block.get("text"), str):
             raise ValueError(f"`text` must be a string, got {_kind(block.get('text'))}")
-        _check_text(block["text"], "`text`")
     elif kind == "image":
         if role != "user":
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
         if not isinstance(block.get("image"), str) or not block["image"]:
             raise ValueError(f"`image` must be the path of an image file, got {_kind(block.get('image'))}")
+        if re.match(r"(data|https?):", block["image"]):
+            raise ValueError(f"`image` must be the path of a file; save {block['image'][:30]}… as one")
     else:
         raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")
-
-
-def _check_text(text: str, name: str) -> None:
-    # JSON can spell half a surrogate pair ("\ud83d"), which is no text and which no tokenizer can encode.
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{name} holds half a surrogate pair, which is no valid text")
 
 
 def _kind(value: Any) -> str:

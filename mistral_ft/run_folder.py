@@ -16,7 +16,7 @@ from typing import Any
 
 from mistral_ft.arguments import changed_fields
 from mistral_ft.errors import UserError
-from mistral_ft.files import fsync_path, read_json, settle, sha256_file, write_json
+from mistral_ft.files import fsync_path, read_json, read_settings, settle, sha256_file, write_json
 from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
 
 RUN_FILE = "run.json"
@@ -63,23 +63,28 @@ class Run:
         """
         draw = random.SystemRandom()
         name = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}-{secrets.token_hex(4)}"
-        folder = Path(output_dir) / name
-        folder.mkdir(parents=True)
-        save_prompt_files(base, folder)
+        run = cls(Path(output_dir) / name)
+        run.folder.mkdir(parents=True)
+        with run.cleaned_up_if_useless():
+            run._write(settings, base, rows)
+        return run
+
+    def _write(self, settings: dict[str, Any], base: Path, rows: int) -> None:
+        save_prompt_files(base, self.folder)
         write_json(
-            folder / RUN_FILE,
+            self.folder / RUN_FILE,
             {
                 "base_model": settings["model"].model_id,
                 "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
+                "resume": _describe(settings),
                 "prompt": {
                     "template": TEMPLATE_VERSION,
-                    "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+                    "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
                 },
                 "settings": {name: _json(changed_fields(arguments)) for name, arguments in settings.items()},
                 "versions": versions(),
             },
         )
-        return cls(folder)
 
     @classmethod
     def resume(cls, path: str | os.PathLike, settings: dict[str, Any]) -> "Run":
@@ -90,21 +95,15 @@ class Run:
         """
         checkpoint = find_checkpoint(path)
         folder = checkpoint.parent
-        written = read_run(folder)
-        now = {
-            "base model": settings["model"].model_id,
-            "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
-            "adapter settings": _json(changed_fields(settings["lora"])),
-        }
-        then = {
-            "base model": written["base_model"],
-            "data": [file["sha256"] for file in written["data"]["files"]],
-            "adapter settings": written["settings"]["lora"],
-        }
-        changed = [name for name in now if now[name] != then[name]]
+        written, now = read_run(folder), _describe(settings)
+        changed = [
+            name
+            for part in ("base_model", "data", "images_dir", "lora", "training")
+            for name in _differences(part, written.get("resume", {}).get(part), now[part])
+        ]
         if changed:
             raise UserError(
-                f"{folder}: cannot be continued with another {' and '.join(changed)}; its own are in its {RUN_FILE}"
+                f"{folder}: cannot be continued with another {', '.join(changed)}; its own are in its {RUN_FILE}"
             )
         return cls(folder, checkpoint)
 
@@ -114,7 +113,7 @@ class Run:
         try:
             yield
         except BaseException:
-            if any(self.folder.glob("checkpoint-*/trainer_state.json")):
+            if any(map(_is_complete, self.folder.glob("checkpoint-*"))):
                 print(f"Continue with --resume_from_checkpoint {self.folder}", file=sys.stderr)
             elif not (self.folder / ADAPTER_CONFIG).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -130,6 +129,30 @@ class Run:
         fsync_path(self.folder)
 
 
+# TrainingArguments that change nothing of what is learned.
+FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_")
+
+
+def _describe(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    model_id = settings["model"].model_id
+    training = _json(changed_fields(settings["training"]))
+    return {
+        "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
+        "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
+        "images_dir": settings["data"].images_dir,
+        "lora": _json(changed_fields(settings["lora"])),
+        "training": {name: value for name, value in training.items() if not name.startswith(FREE_TO_CHANGE)},
+    }
+
+
+def _differences(part: str, then: Any, now: Any) -> list[str]:
+    """Names of what differs: flags for dictionaries of them, else the part's own name."""
+    if isinstance(then, dict):
+        return [f"--{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    return [part.replace("_", " ")] if then != now else []
+
+
 def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
     """Names and SHA-256 of files."""
     return [{"path": str(path), "sha256": sha256_file(path)} for path in paths]
@@ -138,7 +161,7 @@ def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
 def _json(values: dict[str, Any]) -> dict[str, Any]:
     """Values as JSON has them; enums and the like as text, tokens left out."""
     plain = (int, float, list, dict, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in values.items() if "token" not in k}
+    return {k: v if isinstance(v, plain) else str(v) for k, v in values.items() if k != "hub_token"}
 
 
 def versions() -> dict[str, str]:
@@ -160,11 +183,20 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") else list(path.glob("checkpoint-*"))
-    # The trainer's state is written last, so a checkpoint with it is complete.
-    complete = [folder for folder in candidates if (folder / "trainer_state.json").is_file()]
+    complete = [folder for folder in candidates if _is_complete(folder)]
     if not complete or not (find_run_folder(complete[0]) / RUN_FILE).is_file():
         raise UserError(f"{path}: holds no complete checkpoint to resume from; give a run folder such as output/<name>")
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all it takes to continue; the trainer's state is written last and must be whole."""
+    needed = (ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.rpartition("-")[2].isdigit() and all((checkpoint / name).is_file() for name in needed)
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
@@ -176,4 +208,4 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} was not made by train")
-    return read_json(path)
+    return read_settings(path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft.arguments import changed_fields
@@ -54,8 +54,18 @@ class FinetuneArguments(TrainingArguments):
             f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in changed
         ]
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
-        if "use_reentrant" in str(kwargs):
+        if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
             problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
+        in_range = {
+            "max_steps": self.max_steps == -1 or self.max_steps >= 1,
+            "num_train_epochs": self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
+            "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "dataloader_num_workers": self.dataloader_num_workers >= 0,
+            "seed": 0 <= self.seed < 2**32,
+        }
+        problems += [f"--{name} {getattr(self, name)}: out of range" for name, good in in_range.items() if not good]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -76,6 +86,21 @@ class FinetuneArguments(TrainingArguments):
         self._n_gpu = min(1, self.n_gpu)
 
 
+def check_optimizer(args: FinetuneArguments) -> None:
+    """Build the optimizer and the schedule for a single number, so that wrong flags end before the model is loaded.
+
+    Raises:
+        UserError: what they say.
+    """
+    try:
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+        warmup = args.get_warmup_steps(10)
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except Exception as error:
+        raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
+
+
 class FinetuneTrainer(Trainer):
     """Trains an adapter on batches of `Collator`.
 
@@ -83,9 +108,6 @@ class FinetuneTrainer(Trainer):
         learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
             others get `args.learning_rate`.
     """
-
-    # compute_loss divides by the labels of the whole accumulated batch.
-    loss_is_scaled_for_ga = True
 
     def __init__(self, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         self.learning_rates = learning_rates or {}
@@ -95,7 +117,7 @@ class FinetuneTrainer(Trainer):
         ] + [c for c in self.callback_handler.callbacks if "integrations" in type(c).__module__]
         self.add_callback(ProgressCallback())
         self.add_callback(GradientCheck(self))
-        self.loss_is_scaled_for_ga = True
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
         self.saw_images = False
         self._tokens: torch.Tensor | int = 0
         self._logged_at = time.perf_counter()
@@ -122,9 +144,6 @@ class FinetuneTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum()
         loss = total / num_items_in_batch
-        # Gradients are averaged over processes, but the labels were counted over all of them.
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args, **kwargs):
@@ -149,8 +168,7 @@ class FinetuneTrainer(Trainer):
             self._tokens, self._logged_at = 0, now
             if not math.isfinite(logs["loss"]):
                 raise UserError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower --learning_rate, then "
-                    f"continue from the last checkpoint in {self.args.output_dir} or start again"
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; start again, lower --learning_rate"
                 )
         super().log(logs, start_time)
 
@@ -183,11 +201,18 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress = Progress("training", state.max_steps, "step", done=state.global_step)
 
+        self.text = ""
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             rate = logs["tokens_per_second"]
-            text = f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {rate:,.0f} tokens/s"
-            self.progress.update(state.global_step - self.progress.done, text)
+            self.text = f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {rate:,.0f} tokens/s"
+            self.progress.update(state.global_step - self.progress.done, self.text)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A step that is logged is counted then, with its own loss.
+        if not control.should_log:
+            self.progress.update(state.global_step - self.progress.done, self.text)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.progress.close()

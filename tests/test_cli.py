@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 
 STEPS = ["train", "predict", "score", "merge_lora_weights"]
 
@@ -86,6 +87,48 @@ def test_bad_data_files(train, pages):
     assert "cut.jsonl:2: the line ends in the middle of the record" in train(dataset=pages / "cut.jsonl")
 
 
+def test_vision_flags_without_a_page(train, pages):
+    rows = [r for r in read_rows(pages / "train.jsonl") if "Paris" in str(r)]
+    line = train("--vision_lora", "True", dataset=write_jsonl(pages / "text.jsonl", rows))
+    assert line == "--vision_lora and --train_projector have no effect: no record has an image"
+
+
+def test_more_than_one_process(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "training runs in one process, on one GPU" in train()
+
+
+def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, monkeypatch):
+    from mistral_ft import training
+
+    begin = training.ProgressCallback.on_train_begin
+
+    def break_page(self, *args, **kwargs):
+        (pages / "3.png").unlink()
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.ProgressCallback, "on_train_begin", break_page)
+    line = fails(
+        run_cli, "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output",
+        "--dataloader_num_workers", 1, "--per_device_train_batch_size", 8, "--max_steps", 3,
+    )  # fmt: skip
+    assert line == f"{pages / 'train.jsonl'}:4: image {pages / '3.png'} does not exist"
+
+
+def test_termination_is_cleaned_up_after_like_an_interrupt(run_cli, pages, tmp_path, monkeypatch):
+    from mistral_ft import training
+
+    monkeypatch.setattr(
+        training.FinetuneTrainer, "training_step", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    code, _, err = run_cli(
+        "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output"
+    )
+    assert code == 130
+    assert err.endswith("error: terminated\n")
+    assert not any((tmp_path / "output").iterdir())
+
+
 def test_records_that_are_too_long(train):
     assert "are more than --max_seq_length 20; raise it" in train("--max_seq_length", 20)
 
@@ -132,7 +175,9 @@ def test_predict_on_what_is_no_model(run_cli, pages, tmp_path):
     assert "holds neither adapter_config.json nor config.json; did its training finish?" in line
     assert "--batch_size 0: must be at least 1" in fails(run_cli, "predict", data, TINY, "--batch_size", 0)
     assert "the following arguments are required: model" in fails(run_cli, "predict", data)
-    assert "nowhere" in fails(run_cli, "predict", data, TINY, "-o", tmp_path / "nowhere" / "out.jsonl")
+    line = fails(run_cli, "predict", data, TINY, "-o", tmp_path / "nowhere" / "out.jsonl")
+    assert line == f"{tmp_path / 'nowhere'}: no such folder to write out.jsonl into"
+    assert f"{tmp_path}: is a folder; give a file" in fails(run_cli, "predict", data, TINY, "-o", tmp_path)
 
 
 class GatedHub(BaseHTTPRequestHandler):
@@ -169,7 +214,7 @@ def test_a_gated_model_without_a_token(pages, tmp_path):
         "account (none is set)"
     )
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "output").exists()
+    assert not any((tmp_path / "output").iterdir())
 
 
 def documented_commands() -> list[str]:

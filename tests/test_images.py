@@ -1,5 +1,6 @@
 """Pages become the numbers that transformers' own Pixtral image processor makes of them."""
 
+import os
 import random
 
 import numpy as np
@@ -116,14 +117,25 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     for name, reason in [
         ("none.png", "does not exist"),
-        ("folder.png", "is a folder"),
+        ("folder.png", "cannot be opened: it is no file"),
+        ("pipe.png", "cannot be opened: it is no file"),
+        ("n" * 300 + ".png", "cannot be opened: File name too long"),
         ("text.png", "cannot be opened: no image format that Pillow knows"),
         ("half.png", "cannot be opened: .*truncated"),
     ]:
-        with pytest.raises(ValueError, match=f"image .*{name} {reason}"):
-            open_image(tmp_path / name)
+        for read in (open_image, page_size) if name != "half.png" else (open_image,):
+            with pytest.raises(ValueError, match=f"image .*{name[:100]}.* {reason}"):
+                read(tmp_path / name)
+
+
+def test_a_page_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    noise((300, 300)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"large.png has more than 0 million pixels; scale it down"):
+        open_image(tmp_path / "large.png")
 
 
 def test_settings_that_are_not_supported_are_refused(tmp_path):
@@ -133,3 +145,7 @@ def test_settings_that_are_not_supported_are_refused(tmp_path):
     path.write_text(path.read_text().replace('"do_normalize": true', '"do_normalize": false'))
     with pytest.raises(UserError, match="do_normalize is off"):
         ImageFitter.from_folder(tmp_path)
+    for broken in ("{}", "[1]", "{", '{"size": {"longest_edge": 0}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=r"preprocessor_config.json: broken"):
+            ImageFitter.from_folder(tmp_path)

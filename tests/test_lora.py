@@ -73,6 +73,8 @@ def test_the_result_is_rounded_once_to_the_checkpoint_type(save_adapter):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] cannot be merged"),
         ({"bias": "all"}, "bias 'all' cannot be merged"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' cannot be merged"),
+        ({"lora_alpha": "x"}, "broken: lora_alpha is 'x'"),
+        ({"base_model_name_or_path": None}, "broken: base_model_name_or_path is None"),
         ({"something_new": True}, "something_new True cannot be merged"),
     ],
 )
@@ -98,6 +100,15 @@ def test_half_a_pair_is_refused(save_adapter):
     weights.pop(sorted(weights)[0])
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="has lora_A or lora_B only"):
+        Adapter(folder)
+
+
+def test_values_that_are_no_numbers_are_refused(save_adapter):
+    folder = save_adapter()
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights[sorted(weights)[0]][0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds values that are no numbers; the training went wrong"):
         Adapter(folder)
 
 

@@ -1,6 +1,7 @@
 """Merged folders: the base's own key names, files and types; whole or not there at all."""
 
 import json
+import os
 import shutil
 import stat
 
@@ -119,6 +120,38 @@ def test_a_base_without_one_of_the_layers_is_refused(run, run_cli, tmp_path):
     code, _, err = run_cli("merge_lora_weights", run, tmp_path / "merged")
     assert code == 2
     assert "has no tensor for the adapter's layer model.language_model.layers.1.mlp.up_proj" in err
+
+
+def test_what_a_killed_merge_left_is_removed(run, run_cli, tmp_path):
+    dead = tmp_path / ".merged.999999999.abc.tmp"
+    alive = tmp_path / f".merged.{os.getpid()}.abc.tmp"
+    dead.mkdir()
+    alive.mkdir()
+    assert run_cli("merge_lora_weights", run, tmp_path / "merged")[0] == 0
+    assert not dead.exists()
+    assert alive.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+def test_a_base_with_a_broken_file_is_refused(run, run_cli, tmp_path, name):
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    (base / name).write_text("{")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    code, _, err = run_cli("merge_lora_weights", run, tmp_path / "merged")
+    assert code == 2
+    assert f"{name}: broken" in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_with_another_tokenizer_is_refused(run, run_cli, tmp_path):
+    made = json.loads((run / "run.json").read_text())
+    made["prompt"]["tokenizer_sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(made))
+    code, _, err = run_cli("merge_lora_weights", run, tmp_path / "merged")
+    assert code == 2
+    assert "its tokenizer is not the one that" in err
 
 
 def test_a_name_is_looked_for_in_output(run, run_cli, tmp_path, monkeypatch):

@@ -67,9 +67,49 @@ FAULTS = {
         '{"messages": [{"role": "user", "content": "a"}]}',
         "no `expected`: the answer to learn and to score against",
     ),
+    "half a surrogate pair in the user's own field": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": "a", "note": "\\uD83D"}',
+        "holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text",
+    ),
+    "nested too deeply": ('{"x": ' + "[" * 100_000, "nested too deeply to be read"),
+    "data URL": (
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,AAAA"}]}]}',
+        "message 1: block 1: `image` must be the path of a file; save data:image/png;base64,AAAA… as one",
+    ),
+    "tools of the wrong type": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "tools": "x"}',
+        "`tools` must be a list of objects, got a string",
+    ),
+    "tool calls of the wrong type": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "call me"}]}',
+        "message 2: `tool_calls` must look like [",
+    ),
+    "tool call without a function": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}',
+        "message 2: `tool_calls` must look like [",
+    ),
+    "arguments that are no JSON": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": '
+        '[{"function": {"name": "f", "arguments": "{a"}}]}]}',
+        "message 2: `arguments` of f are no JSON",
+    ),
+    "arguments that are no object": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": '
+        '[{"function": {"name": "f", "arguments": "[1]"}}]}]}',
+        "message 2: `arguments` of f must be a JSON object, got a list",
+    ),
+    "tool call of the user": (
+        '{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}',
+        "message 1: `tool_calls` belong in an assistant message, not in one of role 'user'",
+    ),
+    "tool_call_id of the wrong type": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+        '{"role": "tool", "content": "c", "tool_call_id": 5}]}',
+        "message 3: `tool_call_id` must be a string, got the number 5",
+    ),
     "half a surrogate pair": (
         '{"messages": [{"role": "user", "content": "\\ud83d"}], "expected": "a"}',
-        "message 1: `content` holds half a surrogate pair, which is no valid text",
+        "holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text",
     ),
 }
 
@@ -131,6 +171,15 @@ def test_records_keep_what_the_user_wrote(tmp_path):
     assert record.data == data
     assert record.image_paths == [tmp_path / "x/a.png", tmp_path / "b.png"]
     assert read_records([path], tmp_path / "..")[0].image_paths[1] == tmp_path / ".." / "b.png"
+
+
+def test_bad_rows_of_several_files_are_named_with_theirs(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f"{GOOD}\n7\n")
+    with pytest.raises(UserError) as error:
+        read_records([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:2: expected a JSON object")
+    assert str(error.value).endswith(f"(and 1 more bad rows, on lines {tmp_path / 'b.jsonl'}:2)")
 
 
 def test_several_files_are_read_in_order(tmp_path):

@@ -280,3 +280,12 @@ def test_fail_under_is_an_exit_code(tmp_path, run_cli):
     assert run_cli("score", path, "--fail_under", "0.51")[0] == 1
     assert run_cli("score", path, "--fail_under", "90")[0] == 2
     assert run_cli("score", path, "--broken", "x")[0] == 2
+
+
+def test_no_file_is_written_over(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    before = path.read_bytes()
+    for arguments in (["-e", path], ["--compare", path], ["-e", tmp_path / "b", "--compare", path, "--broken", path]):
+        code, _, err = run_cli("score", path, *arguments)
+        assert (code, err) == (2, "error: two of the files are the same one (see python -m score --help)\n")
+    assert path.read_bytes() == before

@@ -15,7 +15,7 @@ from mistral_ft.lora import add_adapter, target_modules
 from mistral_ft.model import load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneArguments, FinetuneTrainer
+from mistral_ft.training import FinetuneArguments, FinetuneTrainer, check_optimizer
 from tests.conftest import TINY, read_rows
 
 ALL = LoraArguments(lora_dropout=0, vision_lora=True, train_projector=True)
@@ -42,7 +42,7 @@ def make_trainer(dataset, tmp_path):
 
 
 def plain_loss(trainer, rows):
-    """What transformers' own forward says, with all logits and its own vision path."""
+    """What transformers' own forward says, with all logits."""
     batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
     return trainer.model.base_model.model(**batch).loss, batch
 
@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_trainer):
     trainer.compute_loss = lambda model, inputs, **k: (
         FinetuneTrainer.compute_loss(trainer, model, inputs) * float("nan")
     )
-    with pytest.raises(UserError, match="the loss is nan at step 1: lower --learning_rate"):
+    with pytest.raises(UserError, match="the loss is nan at step 1; start again, lower --learning_rate"):
         trainer.train()
 
 
@@ -214,6 +214,8 @@ def test_arguments_that_cannot_act_are_refused_by_name(arguments, tmp_path):
         ({"vision_lr": 1e-5}, "--vision_lr has no effect without --vision_lora True"),
         ({"projector_lr": 1e-5}, "--projector_lr has no effect without --train_projector True"),
         ({"lora_modules_truncate_tail": True}, "need --num_lora_modules"),
+        ({"lora_alpha": 0}, "--lora_alpha 0: must be at least 1"),
+        ({"num_lora_modules": -7}, "--num_lora_modules -7: must be at least 1, or -1 for all"),
         ({"lora_rank": 0}, "--lora_rank 0: must be at least 1"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1.0: must be"),
     ],
@@ -221,6 +223,25 @@ def test_arguments_that_cannot_act_are_refused_by_name(arguments, tmp_path):
 def test_lora_arguments_without_effect_are_refused(arguments, problem):
     (found,) = LoraArguments(**arguments).problems()
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": 0}, {"max_steps": -5}, {"num_train_epochs": 0.0}, {"num_train_epochs": float("nan")},
+        {"per_device_train_batch_size": 0}, {"gradient_accumulation_steps": -1}, {"learning_rate": float("nan")},
+        {"learning_rate": 0.0}, {"seed": -1}, {"dataloader_num_workers": -1},
+    ],
+)  # fmt: skip
+def test_values_that_would_train_nothing_are_refused_by_name(arguments, tmp_path):
+    with pytest.raises(ValueError, match=f"--{next(iter(arguments))} .*: out of range"):
+        FinetuneArguments(output_dir=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"adam_beta2": 1.5}, {"optim": "adamw_bnb_8bit"}, {"optim_args": "x"}])
+def test_optimizers_that_cannot_be_built_are_refused_early(arguments, tmp_path):
+    with pytest.raises(UserError, match="--optim"):
+        check_optimizer(FinetuneArguments(output_dir=str(tmp_path), **arguments))
 
 
 def test_freeze_vision_tower_false_adapts_the_tower():
@@ -239,7 +260,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(pages, train_tiny, tmp_path):
     shutil.copytree(whole, stopped)
     for path in [stopped / "checkpoint-8", stopped / "adapter_model.safetensors", stopped / "adapter_config.json"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (stopped / "checkpoint-6" / "trainer_state.json").unlink()  # half-written: it must be passed over
+    state = stopped / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:50])  # half-written: the checkpoint must be passed over
     resumed = train_tiny(pages / "train.jsonl", *TRAIN, "--resume_from_checkpoint", stopped)
 
     def losses(folder):
@@ -253,16 +275,19 @@ def test_a_resumed_run_is_an_uninterrupted_one(pages, train_tiny, tmp_path):
 
 
 def test_a_run_is_not_continued_with_other_data_or_settings(pages, train_tiny, run_cli, tmp_path):
-    run = train_tiny(pages / "train.jsonl", *TRAIN)
-    resume = ["--model_id", TINY, "--output_dir", tmp_path, "--resume_from_checkpoint", run]
-    code, _, err = run_cli("train", *resume, "--dataset", pages / "train.jsonl", "--lora_rank", 4)
+    data = pages / "train.jsonl"
+    run = train_tiny(data, *TRAIN)
+    same = ["--model_id", TINY, "--output_dir", tmp_path, "--resume_from_checkpoint", run, "--dataset", data, *TRAIN]
+    same += ["--learning_rate", "2e-3"]
+    assert run_cli("train", *same)[0] == 0
+    code, _, err = run_cli("train", *same, "--lora_rank", 4, "--learning_rate", "1e-3", "--seed", 1)
     assert code == 2
-    assert "cannot be continued with another adapter settings" in err
-    with open(pages / "train.jsonl", "a") as file:
-        file.write(json.dumps(read_rows(pages / "train.jsonl")[0]) + "\n")
-    code, _, err = run_cli("train", *resume, "--dataset", pages / "train.jsonl")
+    assert "cannot be continued with another --lora_rank, --learning_rate, --seed; its own are in its run.json" in err
+    with open(data, "a") as file:
+        file.write(json.dumps(read_rows(data)[0]) + "\n")
+    code, _, err = run_cli("train", *same)
     assert code == 2
-    assert "cannot be continued with another data" in err
+    assert "cannot be continued with another data; " in err
 
 
 def test_the_run_folder_holds_what_made_it(pages, train_tiny):
