@@ -18,7 +18,6 @@ def main() -> None:
     parser.add_argument("name", help="adapter: a run in output/, or the path of its folder")
     parser.add_argument("output_dir", type=Path, help="folder to make; it must not exist or be empty")
     args = parser.parse_args()
-    args.output_dir = args.output_dir.resolve()  # a link to an empty folder is filled, not replaced
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise UserError(f"{args.output_dir}: exists and is not an empty folder; give a new one")
     folders = [folder for folder in (Path(args.name), Path("output") / args.name) if folder.is_dir()]
@@ -39,7 +38,7 @@ def main() -> None:
     updates = match_updates(adapter, base, weight_map)
 
     # 3. Shard by shard into a temporary folder, which gets its name when it is whole.
-    with atomic_folder(args.output_dir) as folder:
+    with atomic_folder(args.output_dir.resolve()) as folder:  # a link to an empty folder stays one
         shards = sorted(set(weight_map.values()))
         progress = Progress("merging", len(shards), "shard")
         for shard in shards:

@@ -11,10 +11,9 @@ count as wrong; rows without `expected` cannot be scored and are left out; both 
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
-from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import atomic_write
 
 FOLDS = ("nfc", "case", "space")
@@ -33,6 +32,16 @@ def parse_arguments():
     parser.add_argument(
         "--normalize", nargs="*", choices=FOLDS, default=FOLDS, help="what normalised accuracy folds (default: all)"
     )
+    parser.add_argument(
+        "--confidence",
+        choices=("min", "mean", "sum"),
+        default="min",
+        help="which of predict's confidences (default: min)",
+    )
+    parser.add_argument("--target", type=float, default=0.99, help="accuracy wanted without review (default: 0.99)")
+    parser.add_argument(
+        "--calibrate_on", metavar="OTHER", help="predictions of other records, to learn what a confidence is worth"
+    )
     parser.add_argument("--fail_under", type=float, metavar="X", help="exit code 1 if the accuracy is below X")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
@@ -43,6 +52,8 @@ def parse_arguments():
         parser.error("two of the files are the same one")
     if args.broken and not args.compare:
         parser.error("--broken has no effect without --compare")
+    if not 0 < args.target <= 1:
+        parser.error(f"--target {args.target:g}: must be a share above 0, at most 1")
     if args.fail_under is not None and not 0 <= args.fail_under <= 1:
         parser.error(f"--fail_under {args.fail_under:g}: must be a share between 0 and 1")
     return args
@@ -51,10 +62,12 @@ def parse_arguments():
 def main() -> int:
     # 1. Arguments.
     args = parse_arguments()
-    from mistral_ft.scoring import Options, figures, score_file  # their libraries are not needed for --help
+    from mistral_ft import score_output as output  # its libraries are not needed for --help
+    from mistral_ft.scoring import Options, figures, score_file
 
     # 2. Rows, summed part by part; wrong ones are written as they are found.
-    options = Options(tuple(args.normalize), args.by, args.images_dir or Path(args.file).parent, bool(args.errors))
+    images_dir = args.images_dir or Path(args.file).parent
+    options = Options(tuple(args.normalize), args.by, images_dir, bool(args.errors), args.confidence)
     with atomic_write(args.errors, "wb") if args.errors else contextlib.nullcontext() as wrong:
         score = score_file(args.file, options, wrong)
     comparison = None
@@ -66,109 +79,53 @@ def main() -> int:
             with atomic_write(args.broken) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.broken)
 
+    if args.calibrate_on and not score.confidences:
+        raise UserError(f"{args.file}: no row has a `confidence`, so --calibrate_on has no effect")
+    sure = judge_confidence(score, args) if score.confidences else None
+
     # 3. What came out.
     result = figures(score.totals)
     slices = {name: figures(totals) for name, totals in score.slices.items()}
     if args.json:
-        print_json(result, slices, comparison, score)
+        output.print_json(result, slices, comparison, score, sure)
     else:
-        print_figures(result)
-        print_slices(args.by, slices)
+        output.print_figures(result)
+        output.print_slices(args.by, slices)
+        if sure:
+            output.print_confidence(sure, args.target)
         if comparison:
-            print_comparison(args.compare, comparison)
+            output.print_comparison(args.compare, comparison)
         if args.errors:
             print(f"{score.totals.count - score.totals.hits} wrong records in {args.errors}")
         if args.broken:
             print(f"{len(comparison.broken)} broken records in {args.broken}")
-    name_rows(score)
+    output.name_rows(score)
     return 1 if args.fail_under is not None and result["accuracy"] < args.fail_under else 0
 
 
-def print_figures(result: dict) -> None:
-    """The accuracy, and how far off the answers are."""
-    print(
-        f"Accuracy = {result['hits']}/{result['count']} = {result['accuracy']:.4f} "
-        f"(95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f})"
-    )
-    rows = [
-        ("normalised accuracy", result["normalised_accuracy"], "without capitals, runs of spaces, Unicode forms"),
-        ("character error rate", result["cer"], "edits per expected character, 0 is best"),
-        ("word error rate", result["wer"], "edits per expected word, 0 is best"),
-        ("ANLS", result["anls"], "edit similarity as in DocVQA, 1 is best"),
-        ("token F1", result["token_f1"], "shared words as in SQuAD, 1 is best"),
-    ]
-    if "json" in result:
-        fields = result["json"]
-        rows += [
-            ("valid JSON", fields["valid"], f"of the {fields['count']} answers that should be an object"),
-            ("field precision", fields["precision"], "answered fields that are right"),
-            ("field recall", fields["recall"], "expected fields that are right"),
-            ("field F1", fields["f1"], ""),
-            *((f"  {path}", share, "") for path, share in sorted(fields["fields"].items(), key=lambda item: item[1])),
-        ]
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, meaning in rows:
-        print(f"{name:<{width}}  {'-' if value is None else f'{value:.4f}'}  {meaning}".rstrip())
+def judge_confidence(score, args) -> dict:
+    """Reliability, calibration error and the share to review, after calibration on another file if one is given."""
+    from mistral_ft.confidence import calibrate, expected_calibration_error, reliability, review_for
+    from mistral_ft.scoring import Options, score_file
 
-
-def print_slices(by: str | None, slices: dict[str, dict], shown: int = 20) -> None:
-    """Accuracy by slice, the worst first."""
-    if not by:
-        return
-    worst = sorted(slices.items(), key=lambda item: (item[1]["accuracy"], -item[1]["count"], item[0]))
-    width = max(len(name) for name, _ in worst[:shown])
-    print(f"\nBy {by}, worst first:")
-    for name, part in worst[:shown]:
-        interval = f"{part['accuracy_low']:.3f} to {part['accuracy_high']:.3f}"
-        print(f"{name:<{width}}  {part['accuracy']:.4f}  ({interval})  {part['hits']}/{part['count']}")
-    if len(worst) > shown:
-        print(f"… and {len(worst) - shown} more")
-
-
-def print_comparison(other: str, comparison) -> None:
-    """Better, worse or cannot tell, and by how much."""
-    print(f"\nAgainst {other}, on {comparison.count} rows: {comparison.before} right there, {comparison.after} here")
-    print(f"{len(comparison.fixed)} fixed, {len(comparison.broken)} broken, McNemar p = {comparison.p_value:.4g}")
-    print(f"Verdict: {comparison.verdict} at 95 %")
-    for name, (difference, low, high) in comparison.differences.items():
-        print(f"{name:<8}  {difference:+.4f}  (95 % interval {low:+.4f} to {high:+.4f})")
-    if comparison.left_out:
-        print(f"{comparison.left_out} rows are in one file only, or have no `expected`", file=sys.stderr)
-
-
-def print_json(result: dict, slices: dict[str, dict], comparison, score) -> None:
-    """Everything as one JSON object, for machines."""
-    rows = {"with_error": len(score.with_error), "unanswered": len(score.unanswered)}
-    rows |= {"without_expected": len(score.unexpected), "duplicate_ids": score.duplicate_ids}
-    result = result | {"rows": rows}
-    if slices:
-        result["slices"] = slices
-    if comparison:
-        result["comparison"] = {
-            "count": comparison.count,
-            "before": comparison.before,
-            "after": comparison.after,
-            "fixed": [row.get("id") for row in comparison.fixed],
-            "broken": [row.get("id") for row in comparison.broken],
-            "p_value": comparison.p_value,
-            "verdict": comparison.verdict,
-            "differences": comparison.differences,
-        }
-    print(json.dumps(result, ensure_ascii=False))
-
-
-def name_rows(score, shown: int = 20) -> None:
-    """Say on stderr which rows need a word."""
-    for lines, what in (
-        (score.with_error, "with an `error` count as wrong"),
-        (score.unanswered, "without `actual` count as wrong"),
-        (score.unexpected, "without `expected` are left out"),
-    ):
-        if lines:
-            more = ", …" if len(lines) > shown else ""
-            print(f"Rows {what}: {len(lines)} (lines {', '.join(map(str, lines[:shown]))}{more})", file=sys.stderr)
-    if score.duplicate_ids:
-        print(f"Rows with an id that stands in the file before: {score.duplicate_ids}", file=sys.stderr)
+    confidences = score.confidences
+    if args.calibrate_on:
+        other = score_file(args.calibrate_on, Options(confidence=args.confidence))
+        if not other.confidences:
+            raise UserError(f"{args.calibrate_on}: no row has a `confidence` to calibrate on")
+        if shared := len(set(score.keys) & set(other.keys)):
+            raise UserError(f"{args.calibrate_on}: shares {shared} records with {args.file}; calibrate on other ones")
+        learned = calibrate(other.confidences, other.right)
+        confidences = [learned(confidence) for confidence in confidences]
+    bins = reliability(confidences, score.right)
+    return {
+        "count": len(confidences),
+        "kind": args.confidence,
+        "calibrated_on": args.calibrate_on,
+        "expected_calibration_error": expected_calibration_error(bins),
+        "bins": [vars(part) for part in bins],
+        "review": vars(review_for(confidences, score.right, args.target)),
+    }
 
 
 if __name__ == "__main__":

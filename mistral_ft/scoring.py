@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from mistral_ft.confidence import confidence_of
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.metrics import FOLDS, anls, edit_counts, flatten, fold, is_hit, parse_object, token_f1
 from mistral_ft.records import parse_line
@@ -80,12 +81,14 @@ class Options:
         by: the field to slice by: a record's, dots for nested ones, or "answer_length" or "page_size"; None for none.
         images_dir: folder of the images, for page_size.
         keep_wrong: whether to return the wrong rows.
+        confidence: which of the three confidences to use (see `confidence_of`).
     """
 
     folds: tuple[str, ...] = FOLDS
     by: str | None = None
     images_dir: Path = Path()
     keep_wrong: bool = False
+    confidence: str = "min"
 
 
 def _integers() -> array:
@@ -104,6 +107,9 @@ class Score:
     unanswered: array = field(default_factory=_integers)
     unexpected: array = field(default_factory=_integers)
     ids: array = field(default_factory=_integers)  # hashes
+    keys: array = field(default_factory=_integers)  # hashes of the prompts of rows with a confidence
+    confidences: array = field(default_factory=lambda: array("d"))
+    right: array = field(default_factory=lambda: array("b"))
     wrong: list[bytes] = field(default_factory=list)
 
     def add(self, line: int, raw: bytes, row: dict[str, Any], options: Options) -> None:
@@ -123,6 +129,10 @@ class Score:
         self.totals.add(row, options.folds)
         if options.by:
             self.slices.setdefault(slice_of(row, options), Totals()).add(row, options.folds)
+        if (confidence := confidence_of(row, options.confidence)) is not None:
+            self.keys.append(stable_hash(json.dumps([row.get("id"), row.get("messages")])))
+            self.confidences.append(confidence)
+            self.right.append(is_hit(row))
         if options.keep_wrong and not is_hit(row):
             self.wrong.append(raw.strip() + b"\n")
 
@@ -136,6 +146,9 @@ class Score:
             mine.extend(line + self.lines for line in theirs)
         self.faults += [(line + self.lines, reason) for line, reason in other.faults]
         self.ids += other.ids
+        self.keys += other.keys
+        self.confidences += other.confidences
+        self.right += other.right
         self.totals += other.totals
         for name, totals in other.slices.items():
             self.slices.setdefault(name, Totals()).__iadd__(totals)

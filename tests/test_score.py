@@ -1,6 +1,9 @@
 """Score: the first line, rows that count as wrong, the errors file; no torch."""
 
 import json
+import math
+import random
+import re
 import subprocess
 import sys
 from array import array
@@ -12,6 +15,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from mistral_ft import scoring
 from mistral_ft.comparison import compare
+from mistral_ft.confidence import confidence_of, expected_calibration_error, reliability, review_for
 from mistral_ft.errors import UserError
 from mistral_ft.metrics import anls, fold, is_exact, is_hit, token_f1
 from mistral_ft.scoring import Options, Totals, figures
@@ -289,3 +293,75 @@ def test_no_file_is_written_over(tmp_path, run_cli):
         code, _, err = run_cli("score", path, *arguments)
         assert (code, err) == (2, "error: two of the files are the same one (see python -m score --help)\n")
     assert path.read_bytes() == before
+
+
+def sure_rows(count, seed=0, first=0):
+    """Rows whose least sure token has probability p and that are right in p of the cases."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(first, first + count):
+        p = rng.uniform(0.3, 1)
+        sure = {"sum": 2 * math.log(p), "mean": math.log(p) / 2, "min": math.log(p), "tokens": 4}
+        rows.append(row(i, "right") | {"actual": "right" if rng.random() < p else "wrong", "confidence": sure})
+    return rows
+
+
+def test_confidence_of_a_row():
+    sure = {"confidence": {"sum": math.log(0.25), "mean": math.log(0.5), "min": math.log(0.4), "tokens": 2}}
+    assert confidence_of(sure) == pytest.approx(0.4)
+    assert confidence_of(sure, "mean") == pytest.approx(0.5)
+    assert confidence_of(sure, "sum") == pytest.approx(0.25)
+    assert confidence_of({}) is confidence_of({"confidence": {"min": None}}) is confidence_of({"confidence": 1}) is None
+
+
+def test_reliability_of_hand_computed_rows():
+    bins = reliability([0.9, 0.1, 0.8, 0.2], [1, 0, 0, 1], bins=2)
+    assert [(b.count, round(b.confidence, 6), b.accuracy) for b in bins] == [(2, 0.15, 0.5), (2, 0.85, 0.5)]
+    assert expected_calibration_error(bins) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("right", "target", "share", "accuracy"),
+    [
+        ([1, 1, 1, 1], 0.99, 0.0, 1.0),
+        ([1, 1, 0, 1], 0.99, 0.5, 1.0),  # all from the wrong one down
+        ([1, 1, 0, 1], 0.75, 0.0, 0.75),
+        ([0, 1, 1, 1], 0.75, 0.0, 0.75),
+        ([0, 0, 0, 0], 0.5, 1.0, 1.0),
+    ],
+)
+def test_share_to_review(right, target, share, accuracy):
+    found = review_for([0.9, 0.8, 0.7, 0.6], right, target)
+    assert (found.share, found.accuracy) == (share, accuracy)
+
+
+def test_rows_of_one_confidence_are_reviewed_together():
+    assert review_for([0.9, 0.5, 0.5], [1, 1, 0], 0.99).share == pytest.approx(2 / 3)
+
+
+def test_calibration_mends_an_overconfident_model(tmp_path, run_cli):
+    rows = sure_rows(2000)
+    for r in rows:  # says the square root of what is true
+        r["confidence"]["min"] /= 2
+    half, other = write_jsonl(tmp_path / "a.jsonl", rows[:1000]), write_jsonl(tmp_path / "b.jsonl", rows[1000:])
+    before = json.loads(run_cli("score", half, "--json")[1])["confidence"]
+    after = json.loads(run_cli("score", half, "--json", "--calibrate_on", other)[1])["confidence"]
+    assert before["expected_calibration_error"] > 0.1
+    assert after["expected_calibration_error"] < 0.05
+
+
+def test_the_sentence_and_the_table(tmp_path, run_cli):
+    path = write_jsonl(tmp_path / "a.jsonl", sure_rows(1000))
+    out = run_cli("score", path, "--target", "0.9")[1]
+    assert "Confidence (min, not calibrated) of 1000 answers, the least sure first:" in out
+    share, accuracy = re.search(r"Review the least sure ([\d.]+)% .* the rest is ([\d.]+)% right", out).groups()
+    # p is uniform in 0.3..1: above 0.8 the mean is 0.9, which leaves 5/7 of the rows for review.
+    assert 60 < float(share) < 80
+    assert float(accuracy) >= 90
+
+
+def test_calibrating_on_the_same_rows_is_refused(tmp_path, run_cli):
+    path, other = write_jsonl(tmp_path / "a.jsonl", sure_rows(20)), write_jsonl(tmp_path / "b.jsonl", sure_rows(5))
+    code, _, err = run_cli("score", path, "--calibrate_on", other)
+    assert code == 2
+    assert "shares 5 records with" in err
