@@ -165,6 +165,17 @@ def test_truncation_counts_linear_layers_from_either_end():
     assert names == [n.replace("2.m", "0.m") for n in LAST]
 
 
+def test_rank_alpha_dropout_and_dora_reach_the_layers():
+    arguments = LoraArguments(lora_rank=3, lora_alpha=12, lora_dropout=0.25, use_dora=True)
+    model = add_adapter(load_base(TINY, torch.device("cpu")), arguments, "the/base")
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert {layer.lora_A["default"].out_features for layer in layers} == {3}
+    assert {layer.scaling["default"] for layer in layers} == {4.0}
+    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
+    assert all("default" in layer.lora_magnitude_vector for layer in layers)
+    assert model.peft_config["default"].base_model_name_or_path == "the/base"
+
+
 def test_truncation_that_does_not_fit_is_refused():
     model = load_base(TINY, torch.device("cpu"))
     with pytest.raises(UserError, match="the text model has 21 linear layers"):
