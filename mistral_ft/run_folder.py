@@ -130,7 +130,10 @@ class Run:
 
 
 # TrainingArguments that change nothing of what is learned.
-FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_")
+FREE_TO_CHANGE = (
+    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_",
+    "disable_tqdm",  # transformers derives it from the level of its log
+)  # fmt: skip
 
 
 def _describe(settings: dict[str, Any]) -> dict[str, Any]:
