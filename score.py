@@ -13,10 +13,10 @@ import contextlib
 import json
 from pathlib import Path
 
+from mistral_ft.confidence import KINDS
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import atomic_write
-
-FOLDS = ("nfc", "case", "space")
+from mistral_ft.metrics import FOLDS
 
 
 def parse_arguments():
@@ -33,10 +33,7 @@ def parse_arguments():
         "--normalize", nargs="*", choices=FOLDS, default=FOLDS, help="what normalised accuracy folds (default: all)"
     )
     parser.add_argument(
-        "--confidence",
-        choices=("min", "mean", "sum"),
-        default="min",
-        help="which of predict's confidences (default: min)",
+        "--confidence", choices=KINDS, default="min", help="which of predict's confidences (default: min)"
     )
     parser.add_argument("--target", type=float, default=0.99, help="accuracy wanted without review (default: 0.99)")
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import RecordError, UserError, raise_all
-from mistral_ft.metrics import anls, edit_counts, is_hit, token_f1
+from mistral_ft.metrics import anls, answer_of, edit_counts, is_hit, token_f1
 from mistral_ft.records import read_jsonl
 from mistral_ft.statistics import mcnemar, paired_bootstrap
 
@@ -49,13 +49,13 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:
         UserError: if a file cannot be read, a key stands twice, an expected answer differs, or no row is in both.
     """
     before, after = _read(first), _read(second)
-    shared = [key for key in after if key in before]
-    pairs = [(before[key], after[key]) for key in shared if after[key].get("expected") is not None]
+    shared = [key for key in after if key in before and after[key].get("expected") is not None]
+    pairs = [(before[key], after[key]) for key in shared]
     if not pairs:
         raise UserError(f"{first} and {second} share no row that can be scored; rows are matched by `id`, or by prompt")
-    for (a, b), key in zip(pairs, shared, strict=False):
+    for key, (a, b) in zip(shared, pairs, strict=True):
         if a.get("expected") != b["expected"]:
-            raise UserError(f"{first} and {second} expect different answers for {key}; compare on the same data")
+            raise UserError(f"{first} and {second} expect different answers for {key[:80]}; compare on the same data")
     hits = [(is_hit(a), is_hit(b)) for a, b in pairs]
     fixed = [b for (_, b), (was, now) in zip(pairs, hits, strict=True) if now and not was]
     broken = [b for (_, b), (was, now) in zip(pairs, hits, strict=True) if was and not now]
@@ -75,7 +75,7 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:
 
 
 def _grades(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    actual = row["actual"] if "error" not in row and isinstance(row.get("actual"), str) else ""
+    actual = answer_of(row) or ""
     edits = edit_counts(actual, row["expected"])
     return {
         "cer": edits[:2],
@@ -90,7 +90,7 @@ def _read(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     errors: list[RecordError] = []
     rows: dict[str, dict[str, Any]] = {}
     for line, row in read_jsonl(path, errors):
-        key = f"id {json.dumps(row['id'])}" if "id" in row else f"prompt {json.dumps(row.get('messages'))[:2000]}"
+        key = f"id {json.dumps(row['id'])}" if "id" in row else f"prompt {json.dumps(row.get('messages'))}"
         if key in rows:
             errors.append(RecordError(path, line, f"a second row with {key[:80]}; rows to compare need different ids"))
         rows[key] = row

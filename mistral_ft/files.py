@@ -14,14 +14,24 @@ from typing import IO, Any
 from mistral_ft.errors import UserError
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
+def check_target(path: str | os.PathLike) -> Path:
+    """The path, if a file can be written there as far as one can see.
+
+    Raises:
+        UserError: if it is a folder, or its folder does not exist.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder to write {path.name} into")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a file")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside `path`; on success fsync it and rename it to `path`, on failure remove it."""
+    path = check_target(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         # mkstemp makes files that only their owner can read; give them what open() would have given.

@@ -22,7 +22,7 @@ from mistral_ft.lora import Adapter
 from mistral_ft.model import check_model_folder, load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
-from mistral_ft.run_folder import find_run_folder, read_run
+from mistral_ft.run_folder import find_run_folder, trained_tokenizer
 
 # Padded tokens of a batch, at most: on the 24B their prefill takes about 15 GiB beside the weights' 45.
 MAX_BATCH_TOKENS = 32768
@@ -34,10 +34,12 @@ class ModelFolders:
 
     Attributes:
         base: hub id or folder of the base or merged model.
+        folder: its folder; of a hub id's files, the weights may still be missing there.
         adapter: the adapter on top of it, or None.
     """
 
     base: str
+    folder: Path
     adapter: Adapter | None = None
 
     @classmethod
@@ -50,28 +52,23 @@ class ModelFolders:
         if not Adapter.is_one(model):
             if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
                 raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls(model)
+            return cls(model, find_model_folder(model, weights=False))
         adapter = Adapter(model)
         run = find_run_folder(model)
-        trained_with = read_run(run).get("prompt", {}).get("tokenizer_sha256")
+        trained_with = trained_tokenizer(run)
         if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        return cls(adapter.base_model, adapter)
-
-    def find_base(self, weights: bool = True) -> Path:
-        """The base's folder (see `find_model_folder`)."""
-        return self.adapter.find_base(weights) if self.adapter else find_model_folder(self.base, weights)
+        return cls(adapter.base_model, adapter.find_base(weights=False), adapter)
 
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's."""
-        base = self.find_base(weights=False)
-        check_model_folder(base)
-        prompt = find_run_folder(self.adapter.folder) if self.adapter else base
-        return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(base)
+        check_model_folder(self.folder)
+        prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
+        return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
 
     def load(self, device: torch.device):
         """The model, the adapter merged into it, ready to generate."""
-        folder = self.find_base()
+        folder = find_model_folder(self.base)
         model = load_base(folder, device)
         if self.adapter:
             config = read_settings(folder / "config.json")
@@ -81,13 +78,12 @@ class ModelFolders:
 
     def fingerprint(self) -> str:
         """A hash that changes with the weights. Of the base's shards it reads name, size and time, not 48 GB."""
-        base = self.find_base(weights=False)
-        # A hub id's folder is named by its commit; the shards of another one may not be there yet.
-        parts: list[Any] = [base.name]
+        # A hub id's folder is named by its commit; its shards may not be there yet.
+        parts: list[Any] = [self.folder.name]
         if Path(self.base).is_dir():
-            shards = sorted(base.glob("*.safetensors"))
+            shards = sorted(self.folder.glob("*.safetensors"))
             parts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-        parts.append(sha256_file(base / "config.json"))
+        parts.append(sha256_file(self.folder / "config.json"))
         if self.adapter:
             parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
         return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()

@@ -44,9 +44,6 @@ class ImageFitter:
             UserError: if one is missing, or asks for something other than resize, rescale by 1/255 and normalise.
         """
         folder = Path(folder)
-        for name in ("config.json", "preprocessor_config.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: missing; a model that takes images has one")
         config, settings = read_settings(folder / "config.json"), read_settings(folder / "preprocessor_config.json")
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if settings.get(name, True) is not True:

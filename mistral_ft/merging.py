@@ -15,7 +15,7 @@ from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.images import ImageFitter
 from mistral_ft.lora import Adapter, LayerUpdate
 from mistral_ft.prompt import PromptEncoder, save_prompt_files
-from mistral_ft.run_folder import RUN_FILE, find_run_folder, read_run
+from mistral_ft.run_folder import RUN_FILE, find_run_folder, trained_tokenizer
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -119,7 +119,5 @@ def check_merged(folder: Path, weight_map: dict[str, str], adapter: Adapter) -> 
     PromptEncoder.from_folder(folder)
     ImageFitter.from_folder(folder)
     run = find_run_folder(adapter.folder)
-    if (run / RUN_FILE).is_file():
-        trained_with = read_run(run).get("prompt", {}).get("tokenizer_sha256")
-        if sha256_file(folder / "tokenizer.json") != trained_with:
-            raise UserError(f"{adapter.base_model}: its tokenizer is not the one that {run} was trained with")
+    if (run / RUN_FILE).is_file() and sha256_file(folder / "tokenizer.json") != trained_tokenizer(run):
+        raise UserError(f"{adapter.base_model}: its tokenizer is not the one that {run} was trained with")

@@ -19,9 +19,16 @@ def is_exact(actual: str, expected: str) -> bool:
     return actual.strip() == expected.strip()
 
 
+def answer_of(row: dict[str, Any]) -> str | None:
+    """A predicted row's answer; None for one with an `error` or without `actual`."""
+    actual = row.get("actual")
+    return actual if "error" not in row and isinstance(actual, str) else None
+
+
 def is_hit(row: dict[str, Any]) -> bool:
-    """Whether a predicted row's answer is right. One with an `error` or without `actual` is not."""
-    return "error" not in row and isinstance(row.get("actual"), str) and is_exact(row["actual"], row["expected"])
+    """Whether a predicted row has an answer, and it is right."""
+    actual = answer_of(row)
+    return actual is not None and is_exact(actual, row["expected"])
 
 
 def fold(text: str, folds: tuple[str, ...] = FOLDS) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import atomic_write
+from mistral_ft.files import atomic_write, check_target
 from mistral_ft.metrics import is_hit
 
 
@@ -37,17 +37,13 @@ class Predictions:
     def __init__(
         self, path: str | os.PathLike, settings: dict[str, Any], plan: Sequence[Sequence[int]], overwrite: bool = False
     ):
-        self.path = Path(path)
+        self.path = check_target(path)
         self.partial = Path(f"{path}.partial")
         self.plan = [list(batch) for batch in plan]
         self.done: dict[int, dict[str, Any]] = {}
         self._header = {"settings": settings, "plan": self.plan}
         self._file: IO[str] | None = None
         self.hits = self.scored = 0
-        if not self.path.parent.is_dir():
-            raise UserError(f"{self.path.parent}: no such folder to write {self.path.name} into")
-        if self.path.is_dir():
-            raise UserError(f"{self.path}: is a folder; give a file")
         if self.partial.exists() and not overwrite:
             self._read()
             self._count(self.done)

@@ -81,7 +81,10 @@ class Run:
                     "template": TEMPLATE_VERSION,
                     "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
                 },
-                "settings": {name: _json(changed_fields(arguments)) for name, arguments in settings.items()},
+                "settings": {
+                    name: _json(arguments.given if name == "training" else changed_fields(arguments))
+                    for name, arguments in settings.items()
+                },
                 "versions": versions(),
             },
         )
@@ -130,16 +133,13 @@ class Run:
 
 
 # TrainingArguments that change nothing of what is learned.
-FREE_TO_CHANGE = (
-    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_",
-    "disable_tqdm",  # transformers derives it from the level of its log
-)  # fmt: skip
+FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_")
 
 
 def _describe(settings: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     model_id = settings["model"].model_id
-    training = _json(changed_fields(settings["training"]))
+    training = _json(settings["training"].given)
     return {
         "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
@@ -212,3 +212,8 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} was not made by train")
     return read_settings(path)
+
+
+def trained_tokenizer(run: str | os.PathLike) -> str | None:
+    """SHA-256 of the tokenizer.json that a run was trained with."""
+    return read_run(run).get("prompt", {}).get("tokenizer_sha256")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from mistral_ft.confidence import confidence_of
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.metrics import FOLDS, anls, edit_counts, flatten, fold, is_hit, parse_object, token_f1
+from mistral_ft.metrics import FOLDS, anls, answer_of, edit_counts, flatten, fold, is_hit, parse_object, token_f1
 from mistral_ft.records import parse_line
 from mistral_ft.statistics import wilson
 
@@ -44,7 +44,7 @@ class Totals:
     def add(self, row: dict[str, Any], folds: Sequence[str] = FOLDS) -> None:
         """Count a row. Without an answer it counts as one with the empty answer would, and as wrong."""
         expected, hit = row["expected"], is_hit(row)
-        actual = row["actual"] if "error" not in row and isinstance(row.get("actual"), str) else ""
+        actual = answer_of(row) or ""
         self.count += 1
         self.hits += hit
         self.folded_hits += hit or (actual != "" and fold(actual, folds) == fold(expected, folds))
@@ -124,7 +124,7 @@ class Score:
             raise ValueError("`expected` must be a string")
         if "error" in row:
             self.with_error.append(line)
-        elif not isinstance(row.get("actual"), str):
+        elif answer_of(row) is None:
             self.unanswered.append(line)
         self.totals.add(row, options.folds)
         if options.by:

@@ -37,7 +37,11 @@ REFUSED = {
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
-    """TrainingArguments with this toolkit's defaults."""
+    """TrainingArguments with this toolkit's defaults.
+
+    Attributes:
+        given: the arguments that the user set, as they were set.
+    """
 
     output_dir: str | None = "output"
     per_device_train_batch_size: int = 1
@@ -49,9 +53,9 @@ class FinetuneArguments(TrainingArguments):
 
     def __post_init__(self):
         """Raises ValueError, one line for all arguments that cannot act here."""
-        changed = changed_fields(self)
+        self.given = changed_fields(self)  # before anything is derived from the machine or the libraries' state
         problems = [
-            f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in changed
+            f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
         ]
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
         if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
@@ -200,7 +204,6 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress = Progress("training", state.max_steps, "step", done=state.global_step)
-
         self.text = ""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
