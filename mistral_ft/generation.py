@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, LogitsProcessor
 
-from mistral_ft.data import Collator, RecordDataset, encode_record
+from mistral_ft.data import PromptCollator, RecordDataset, encode_record
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
@@ -208,7 +208,7 @@ class Generator:
 
     @torch.inference_mode()
     def _generate(self, batch: dict[str, torch.Tensor]) -> list[Answer]:
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         log_probs = _GreedyLogProbs()
         try:
             output = self.model.generate(**batch, generation_config=self.settings, logits_processor=[log_probs])
@@ -243,14 +243,13 @@ class _Prompts:
 
 
 class _PromptCollator:
-    """Rows to (reasons by number, numbers, batch of the others without labels)."""
+    """Rows to (reasons by number, numbers, batch of the others)."""
 
     def __init__(self, pad_id: int):
-        self.collate = Collator(pad_id, padding_side="left")
+        self.collate = PromptCollator(pad_id)
 
     def __call__(self, rows: list[tuple[int, Any]]) -> tuple[dict[int, str], list[int], dict[str, torch.Tensor]]:
         failed = {index: example for index, example in rows if isinstance(example, str)}
         good = [(index, example) for index, example in rows if not isinstance(example, str)]
         batch = self.collate([example for _, example in good]) if good else {}
-        batch.pop("labels", None)
         return failed, [index for index, _ in good], batch
