@@ -126,7 +126,11 @@ class UsualRecipe:
         ours = trainer.compute_loss(self.model, batch)
         ours.backward()
         found = torch.cat([p.grad.flatten() for p in self.parameters])
-        return theirs, ours.item(), torch.nn.functional.cosine_similarity(expected, found, dim=0).item()
+        return (
+            theirs,
+            ours.item(),
+            torch.nn.functional.cosine_similarity(expected.double(), found.double(), dim=0).item(),
+        )
 
 
 def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int, more: list[str]) -> dict:
@@ -167,7 +171,8 @@ def main() -> None:
         recipe = UsualRecipe(args.model, args.data, device, dropout=0.0)
         theirs, ours, cosine = recipe.check([0, 1], args.data.parent)
         print(
-            f"first loss {theirs:.5f} usual, {ours:.5f} ours ({abs(ours / theirs - 1):.3%}); gradients' cosine {cosine:.5f}"
+            f"first loss {theirs:.5f} usual, {ours:.5f} ours ({abs(ours / theirs - 1):.3%}), "
+            f"cosine of the gradients {cosine:.5f}"
         )
         return
 
