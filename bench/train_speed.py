@@ -11,11 +11,13 @@ With --check it also compares the first loss and the adapter's gradients of both
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +57,7 @@ class UsualRecipe:
         self.dataset = RecordDataset(read_records([data]), self.encoder, self.fitter)
         model = load_base(folder, device)
         self.our_class, self.our_attention = model.model.__class__, model.config.vision_config._attn_implementation
+        self.dtype = model.dtype
         self.use_transformers(model)
         torch.manual_seed(0)
         self.model = add_adapter(model, LoraArguments(lora_dropout=dropout), str(folder)).train()
@@ -74,13 +77,13 @@ class UsualRecipe:
             "input_ids": torch.tensor([example["input_ids"]]),
             "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64),
             "labels": torch.tensor([example["labels"]]),
-            "pixel_values": torch.stack(pages).to(self.model.dtype),
+            "pixel_values": torch.stack(pages).to(self.dtype),
             "image_sizes": torch.tensor(example["image_sizes"]),
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model(**inputs, use_cache=False).loss
 
     def measure(self, steps: int) -> tuple[float, float]:
@@ -100,19 +103,20 @@ class UsualRecipe:
         seconds = time.perf_counter() - started
         return sum(batch["input_ids"].numel() for batch in batches[2:]) / seconds, steps / seconds
 
-    def check(self, numbers: list[int], output: Path) -> tuple[float, float, float]:
-        """Ours, packed and compiled, against the usual recipe: both losses, the cosine of the gradients."""
+    def gradients(self, numbers: list[int]) -> tuple[float, torch.Tensor]:
+        """Loss and the adapter's gradients, averaged over the labels of some records."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         labels = [sum(label != -100 for label in self.dataset[number]["labels"]) for number in numbers]
-        theirs = 0.0
+        total = 0.0
         for number, count in zip(numbers, labels, strict=True):
             loss = self.loss(self.inputs(number)) * count / sum(labels)
             loss.backward()
-            theirs += loss.item()
-        expected = torch.cat([p.grad.flatten() for p in self.parameters])
-        self.model.zero_grad()
+            total += loss.item()
         self.model.gradient_checkpointing_disable()
+        return total, self.take_gradients()
 
+    def our_gradients(self, numbers: list[int], output: Path) -> tuple[float, torch.Tensor]:
+        """The same by this toolkit: packed and compiled, half of the layers computed twice."""
         core = self.model.get_base_model()
         core.model.__class__, core.config.vision_config._attn_implementation = self.our_class, self.our_attention
         trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)))
@@ -123,18 +127,55 @@ class UsualRecipe:
         batch = trainer.data_collator([trainer.train_dataset[0]])
         del batch["num_tokens"]
         batch = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-        ours = trainer.compute_loss(self.model, batch)
-        ours.backward()
-        found = torch.cat([p.grad.flatten() for p in self.parameters])
-        return (
-            theirs,
-            ours.item(),
-            torch.nn.functional.cosine_similarity(expected.double(), found.double(), dim=0).item(),
-        )
+        loss = trainer.compute_loss(self.model, batch)
+        loss.backward()
+        return loss.item(), self.take_gradients()
+
+    def take_gradients(self) -> torch.Tensor:
+        gradients = torch.cat([p.grad.flatten().double() for p in self.parameters]).cpu()
+        self.model.zero_grad()
+        return gradients
 
 
-def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int, more: list[str]) -> dict:
-    """Run train as a user would; its lines are shown with the seconds at which they came."""
+def check(folder: Path, data: Path, device: torch.device, fp32: bool) -> None:
+    """Compare losses and gradients: the usual recipe's, ours, and with fp32 those of an fp32 model as the truth."""
+    recipe, numbers = UsualRecipe(folder, data, device, dropout=0.0), [0, 1]
+    found = {"usual recipe": recipe.gradients(numbers), "this toolkit": recipe.our_gradients(numbers, data.parent)}
+    if fp32:
+        del recipe
+        gc.collect()
+        torch.cuda.empty_cache()
+        recipe = UsualRecipe(folder, data, device, dropout=0.0)
+        for parameter in recipe.model.parameters():
+            parameter.data = parameter.data.float()
+        recipe.dtype = torch.float32
+        found["fp32"] = recipe.gradients(numbers)
+    for name, (loss, gradients) in found.items():
+        cosines = [
+            f"{torch.nn.functional.cosine_similarity(gradients, other, dim=0).item():.5f} with {other_name}"
+            for other_name, (_, other) in found.items()
+            if other_name != name
+        ]
+        print(f"{name}: loss {loss:.5f}, cosine of the adapter's gradients {', '.join(cosines)}")
+
+
+class PeakRam(threading.Thread):
+    """Watches how much memory of its own (page cache not counted) a process takes, at most."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.gib = 0.0
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while "RssAnon" in (text := self.status.read_text()):
+                self.gib = max(self.gib, int(text.split("RssAnon:")[1].split()[0]) / 2**20)
+                time.sleep(0.02)
+
+
+def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int, more: list[str]) -> dict[str, float]:
+    """Run train as a user would; its lines are shown with the seconds, and the RAM taken until then, when they came."""
     with tempfile.TemporaryDirectory() as output:
         command = [
             sys.executable, "-m", "train", "--model_id", folder, "--dataset", data, "--output_dir", output,
@@ -144,8 +185,10 @@ def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int
         command += ["--gpu_memory_gib", gpu_memory_gib] if gpu_memory_gib else []
         started = time.perf_counter()
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ram = PeakRam(process.pid)
+        ram.start()
         for line in process.stdout:
-            print(f"[{time.perf_counter() - started:6.1f} s] {line}", end="", flush=True)
+            print(f"[{time.perf_counter() - started:6.1f} s, {ram.gib:4.1f} GiB] {line}", end="", flush=True)
             if line.startswith("Peak GPU memory"):
                 peak = float(line.split()[3])
         if process.wait():
@@ -162,18 +205,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--gpu_memory_gib", type=float)
     parser.add_argument("--steps", type=int, default=12, help="steps between two logs; four times as many are trained")
+    parser.add_argument("--runs", type=int, default=2, help="runs of train: the first compiles, later ones need not")
     parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of speed")
+    parser.add_argument("--fp32", action="store_true", help="with --check: against fp32 too, which takes 110 GiB")
     parser.add_argument("more", nargs="*", help="further arguments of train, after --")
     args = parser.parse_args()
     device = pick_device(args.gpu_memory_gib)
 
     if args.check:
-        recipe = UsualRecipe(args.model, args.data, device, dropout=0.0)
-        theirs, ours, cosine = recipe.check([0, 1], args.data.parent)
-        print(
-            f"first loss {theirs:.5f} usual, {ours:.5f} ours ({abs(ours / theirs - 1):.3%}), "
-            f"cosine of the gradients {cosine:.5f}"
-        )
+        check(args.model, args.data, device, args.fp32)
         return
 
     peak = matmul_peak()
@@ -187,7 +227,8 @@ def main() -> None:
     gc.collect()
     torch.cuda.empty_cache()
 
-    ours = run_train(args.model, args.data, args.gpu_memory_gib, args.steps, args.more)
+    for _ in range(args.runs):
+        ours = run_train(args.model, args.data, args.gpu_memory_gib, args.steps, args.more)
     rate = ours["tokens_per_second"]
     print(f"\n{torch.cuda.get_device_name()}, matmul peak {peak / 1e12:.0f} TFLOP/s, N = {n / 1e9:.2f} billion")
     print("             tokens/s   of 4N limit   pages/s   peak GiB")

@@ -9,9 +9,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
-# What torch 2.10 and 2.11 do not have.
-GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-HAS_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
+# torch 2.11 takes fewer heads of keys and values without being told.
+GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -41,15 +40,11 @@ def packed_attention(
         ]
         return torch.cat(parts, 2).transpose(1, 2), None
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    options = {"window_size": (-1, 0 if module.is_causal else -1)} if HAS_WINDOW else {"is_causal": module.is_causal}
-    if key.shape[1] != query.shape[1]:
-        if GROUPS_HEADS:
-            options["enable_gqa"] = True
-        else:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    window = (-1, 0 if module.is_causal else -1)
     attended = varlen_attn(
-        query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, **options
-    )
+        query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window,
+        **(GROUPED_HEADS if key.shape[1] != query.shape[1] else {}),
+    )  # fmt: skip
     return attended[None], None
 
 

@@ -28,7 +28,7 @@ def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
     """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word.
 
     A compiled layer keeps the MLP's two wide products and twice the hidden state of each token in bf16 (measured on the
-    24B: 148 KB a token and layer); one layer at a time needs about 1 MB a token more to work in.
+    24B: 148 KB a token and layer). Beside that there is the layer at work: 1 MB a token.
     """
     config = model.get_base_model().config.text_config
     kept = 2 * (2 * config.intermediate_size + 2 * config.hidden_size) * config.num_hidden_layers
@@ -64,7 +64,7 @@ class Trial:
 def plan_layers(layers: int, limit: float, run: Callable[[int, bool], Trial]) -> list[Trial]:
     """Try plans from the safest on, and find the fewest layers to compute twice.
 
-    Two trials give the memory of one layer, from that follows the plan, and a last trial proves it.
+    Three trials give the memory of one more layer, from that follows the plan, and a last trial proves it.
 
     Args:
         layers: how many there are.
@@ -74,27 +74,28 @@ def plan_layers(layers: int, limit: float, run: Callable[[int, bool], Trial]) ->
     Returns:
         The trials; the last is the plan, and one that does not fit if nothing does.
     """
+
+    def fits(trial: Trial) -> bool:
+        return trial.peak_gib is not None and trial.peak_gib <= limit
+
     trials = [run(layers, False)]
-
-    def fits() -> bool:
-        return trials[-1].peak_gib is not None and trials[-1].peak_gib <= limit
-
-    if not fits():
+    if not fits(trials[0]):
         return [*trials, run(layers, True)]
-    safest = trials[0]
-    probe = run(layers - max(1, layers // 10), False)
-    trials.append(probe)
-    if not fits():
-        return [*trials, safest]
-    each = (probe.peak_gib - safest.peak_gib) / (layers - probe.recomputed)
-    kept = layers if each <= 0 else int((limit - safest.peak_gib) / each)
-    recomputed = max(0, layers - kept)
-    while recomputed < probe.recomputed:
+    # The first layers that are kept partly fill memory that recomputing needs at another time: they tell too little.
+    few = max(1, layers // 10)
+    for recomputed in range(layers - few, max(layers - 3 * few, -1), -few):
         trials.append(run(recomputed, False))
-        if fits():
+        if not fits(trials[-1]):
+            return [*trials, trials[-2]]
+    before, last = trials[-2:]
+    each = max((last.peak_gib - before.peak_gib) / (before.recomputed - last.recomputed), 1e-3)
+    recomputed = max(0, last.recomputed - int((limit - last.peak_gib) / each))
+    while recomputed < last.recomputed:
+        trials.append(run(recomputed, False))
+        if fits(trials[-1]):
             return trials
         recomputed += max(1, layers // 20)
-    return trials if trials[-1] is probe else [*trials, probe]
+    return trials if trials[-1] is last else [*trials, last]
 
 
 class Preflight:
@@ -133,6 +134,7 @@ class Preflight:
                     parameter.copy_(weight)
             optimizer.state.clear()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         plan = trials[-1]
         self.runners[0].recomputed, self.runners[0].offloaded = plan.recomputed, plan.offloaded
         return plan.peak_gib is not None
@@ -246,11 +248,11 @@ def plan_training(
         if Preflight(trainer, runners, batches).find_plan(None if args.recompute is None else text.recomputed):
             return length
     worst = max(range(len(sizes)), key=lambda number: sizes[number])
-    error = dataset.records[worst].error(
-        f"the GPU's memory does not hold a training step of this record ({sizes[worst].tokens:,} tokens, "
-        f"{len(dataset.records[worst].image_paths)} images); shorten it, or use a larger card"
+    record = dataset.records[worst]
+    raise UserError(
+        f"{record.path}:{record.line}: the GPU's memory does not hold a training step of this record "
+        f"({sizes[worst].tokens:,} tokens, images: {len(record.image_paths)}); shorten it, or use a larger card"
     )
-    raise UserError(str(error))
 
 
 def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> tuple[LayerRunner, LayerRunner]:

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from mistral_ft import generation
-from mistral_ft.data import Collator, RecordDataset
+from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.errors import UserError
 from mistral_ft.generation import PREDICTED, plan_batches
 from mistral_ft.images import ImageFitter
@@ -94,8 +94,7 @@ def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages,
     merged = load_base(TINY, cpu).eval()
     Adapter(run).merge_into(merged, torch.float32)
     for i in range(8):
-        batch = Collator(11)([dataset[i]])
-        batch.pop("labels")
+        batch = PromptCollator(11)([dataset[i]])
         settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert merged.generate(**batch, **settings).tolist() == unmerged.generate(**batch, **settings).tolist()
 
@@ -105,8 +104,7 @@ def test_confidence_is_the_log_probability_of_the_answers_tokens(pages, run, pre
     encoder = PromptEncoder.from_folder(run)
     record = read_records([pages / "train.jsonl"])[0]
     dataset = RecordDataset([record], encoder, ImageFitter.from_folder(TINY), False)
-    batch = Collator(11)([dataset[0]])
-    batch.pop("labels")
+    batch = PromptCollator(11)([dataset[0]])
     model = load_base(TINY, torch.device("cpu")).eval()
     Adapter(run).merge_into(model, torch.bfloat16)
     length = batch["input_ids"].shape[1]
