@@ -183,6 +183,13 @@ def pick_device(gpu_memory_gib: float | None = None, use_cpu: bool = False) -> t
     return device
 
 
+def limit_gib(device: torch.device) -> float:
+    """GiB that torch may reserve: what is free, or what `pick_device` was told to get by with."""
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)
+    return min(there, torch.cuda.get_per_process_memory_fraction(device) * total) / 2**30
+
+
 def print_peak_memory(device: torch.device) -> None:
     """Say how much memory torch had reserved on the GPU, at most; nothing on a CPU."""
     if device.type == "cuda":

@@ -15,6 +15,7 @@ from mistral_ft.attention import PACKED
 from mistral_ft.data import RecordDataset, RecordSize
 from mistral_ft.errors import UserError
 from mistral_ft.layers import LayerRunner, set_up_compiler
+from mistral_ft.model import limit_gib
 from mistral_ft.packing import choose_length, pack, round_up
 from mistral_ft.training import FinetuneTrainer
 
@@ -37,13 +38,6 @@ def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
     # Still to come for what is trained: gradients and Adam's two moments in fp32.
     free = limit_gib(device) * 2**30 - torch.cuda.memory_allocated(device) - 12 * trained
     return int((free - (SPARE_GIB + 1) * 2**30) / (kept + at_work))
-
-
-def limit_gib(device: torch.device) -> float:
-    """GiB that torch may reserve: what is free, or what `pick_device` was told to get by with."""
-    free, total = torch.cuda.mem_get_info(device)
-    there = free + torch.cuda.memory_reserved(device)
-    return min(there, torch.cuda.get_per_process_memory_fraction(device) * total) / 2**30
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mistral_ft import generation
 from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.errors import UserError
 from mistral_ft.generation import PREDICTED, plan_batches
@@ -20,13 +19,12 @@ from tests.conftest import TINY, read_rows, row, write_jsonl
 
 
 def test_batches_are_of_like_length_longest_first():
-    assert plan_batches([5, 9, 5, 7, 9], 2) == [[1, 4], [3, 0], [2]]
-    assert plan_batches([], 2) == []
+    assert plan_batches([5, 9, 5, 7, 9], 2, 1000) == [[1, 4], [3, 0], [2]]
+    assert plan_batches([], 2, 1000) == []
 
 
-def test_batches_stay_within_the_token_limit_but_have_a_row(monkeypatch):
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 20)
-    assert plan_batches([30, 10, 10, 10, 4], 8) == [[0], [1, 2], [3, 4]]
+def test_batches_stay_within_the_token_limit_but_have_a_row():
+    assert plan_batches([30, 10, 10, 10, 4], 8, 20) == [[0], [1, 2], [3, 4]]
 
 
 @pytest.fixture
