@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter, page_size
+from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.lora import Adapter
 from mistral_ft.model import check_model_folder, limit_gib, load_base
 from mistral_ft.prompt import PromptEncoder
@@ -177,11 +178,13 @@ class Answer:
 
     Attributes:
         log_probs: of the answer's tokens, the end token included.
+        fields: of an answer that is a JSON object, the confidence of each top-level value.
         finished: whether the model ended the answer, or the limit of tokens did.
     """
 
     actual: str = ""
     log_probs: tuple[float, ...] = ()
+    fields: dict[str, dict[str, float]] = field(default_factory=dict)
     finished: bool = True
     error: str | None = None
 
@@ -195,7 +198,7 @@ class Answer:
         sure = {"sum": round(total, 4), "mean": round(total / count, 4), "min": round(min(self.log_probs), 4)}
         return kept | {
             "actual": self.actual,
-            "confidence": sure | {"tokens": count},
+            "confidence": sure | {"tokens": count} | ({"fields": self.fields} if self.fields else {}),
             "finish_reason": "stop" if self.finished else "length",
         }
 
@@ -285,8 +288,11 @@ class Generator:
         return cut_at(self.encoder.control.eos, output.sequences.tolist(), scores.tolist())
 
     def _answer(self, ids: list[int], log_probs: list[float]) -> Answer:
-        eos = self.encoder.control.eos
-        return Answer(self.encoder.decode(ids), tuple(log_probs), ids[-1] == eos)
+        text, fields = self.encoder.decode(ids), {}
+        if value_spans(text):
+            ends = token_ends([self.encoder.decode(ids[: count + 1]) for count in range(len(ids))])
+            fields = field_confidences(text, ends, log_probs)
+        return Answer(text, tuple(log_probs), fields, ids[-1] == self.encoder.control.eos)
 
 
 class _Prompts:
