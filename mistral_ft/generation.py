@@ -1,10 +1,11 @@
 """Answering records: which folders, which batches, and the model at work."""
 
 import hashlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,25 +239,31 @@ class Generator:
         )
         if self.search:
             self.model.generation_config = self.search
+            self.collate = PromptCollator(control.pad)
         else:
             self.decoder = GreedyDecoder(self.model, control.eos)
+            self.collate = _GroupCollator(control.pad)
 
     def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
-        """Yield the answers of each batch, by row number. The next batch's pages are read meanwhile."""
-        examples = _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False))
-        pad = self.encoder.control.pad
-        loader = DataLoader(
-            examples,
-            batch_sampler=batches,
-            collate_fn=_BatchCollator(PromptCollator(pad) if self.search else _GroupCollator(pad)),
+        """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
+        on_gpu = self.device.type == "cuda"
+        pages = DataLoader(
+            _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False)),
+            batch_size=None,  # row by row, so that all workers read for the first batch
+            sampler=[index for batch in batches for index in batch],
+            collate_fn=_as_it_is,
             # On a CPU the model needs the cores itself.
-            num_workers=4 if self.device.type == "cuda" else 0,
+            num_workers=min(8, os.cpu_count()) if on_gpu else 0,
+            prefetch_factor=8 if on_gpu else None,
         )
-        for rows, (failed, answerable, batch) in zip(batches, loader, strict=True):
-            answers = {index: Answer(error=error) for index, error in failed.items()}
-            if answerable:
-                answers |= dict(zip(answerable, self._generate(batch), strict=True))
-            yield {index: answers[index] for index in rows}
+        rows = iter(pages)
+        for batch in batches:
+            found = dict(itertools.islice(rows, len(batch)))
+            good = {index: example for index, example in found.items() if not isinstance(example, str)}
+            answers = {index: Answer(error=reason) for index, reason in found.items() if index not in good}
+            if good:
+                answers |= dict(zip(good, self._generate(self.collate(list(good.values()))), strict=True))
+            yield {index: answers[index] for index in batch}
 
     def _generate(self, batch: Any) -> list[Answer]:
         try:
@@ -311,6 +318,11 @@ class _Prompts:
             return index, error.reason
 
 
+def _as_it_is(row: tuple[int, Any]) -> tuple[int, Any]:
+    """DataLoader would turn every number of a row into a tensor."""
+    return row
+
+
 class _GroupCollator:
     """Examples to groups of prompts laid end to end, as `GreedyDecoder` takes them."""
 
@@ -320,16 +332,3 @@ class _GroupCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lengths = [len(example["input_ids"]) for example in examples]
         return [self.collate([[examples[row] for row in group]]) for group in prompt_groups(lengths)]
-
-
-class _BatchCollator:
-    """Rows to (reasons by number, numbers, batch of the others)."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]):
-        self.collate = collate
-
-    def __call__(self, rows: list[tuple[int, Any]]) -> tuple[dict[int, str], list[int], Any]:
-        failed = {index: example for index, example in rows if isinstance(example, str)}
-        good = [(index, example) for index, example in rows if not isinstance(example, str)]
-        batch = self.collate([example for _, example in good]) if good else None
-        return failed, [index for index, _ in good], batch
