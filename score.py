@@ -107,7 +107,8 @@ def main() -> int:
         if args.report:
             from mistral_ft.report import report
 
-            page = report(result, args.file, args.normalize, score.mistakes.examples)
+            examples = sorted(score.mistakes.examples, key=lambda example: example[1])  # by line
+            page = report(result, args.file, args.normalize, [shown for _, _, shown in examples])
             files.enter_context(atomic_write(args.report)).write(page)
 
     if args.json:

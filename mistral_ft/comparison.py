@@ -124,13 +124,10 @@ def _verdict(low: float, high: float, less_is_better: bool) -> str:
 
 def _check_keys(pairing: Pairing, name: str | os.PathLike) -> None:
     """Refuse a file in which two rows have the same key."""
-    if len(set(pairing.keys)) == len(pairing.keys):
-        return
-    seen: dict[int, int] = {}
-    for line, key in zip(pairing.lines, pairing.keys, strict=True):
-        if key in seen:
-            reason = (
-                f"has the id (or, without one, the prompt) of line {seen[key]}; rows to compare need different ones"
-            )
-            raise RecordError(name, line, reason)
-        seen[key] = line
+    import numpy as np
+
+    _, first, which = np.unique(np.asarray(pairing.keys), return_index=True, return_inverse=True)
+    for row in np.delete(np.arange(len(which)), first):
+        line = pairing.lines[first[which[row]]]
+        reason = f"has the id (or, without one, the prompt) of line {line}; rows to compare need different ones"
+        raise RecordError(name, pairing.lines[row], reason)

@@ -1,7 +1,6 @@
 """How wrong answers are wrong: of which kind, and what is commonly answered in place of what."""
 
 import heapq
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -119,11 +118,14 @@ class Mistakes:
             self.words.merge(words)
         return kind
 
-    def add_example(self, rank: int, line: int, row: dict[str, Any], kind: str, most: int) -> None:
-        """Keep a row to show if its rank is among the `most` highest; with hashes as ranks, it is drawn evenly."""
+    def add_example(self, rank: int, line: int, row: dict[str, Any], about: dict[str, Any], most: int) -> None:
+        """Keep a row, and what is known `about` it, if its rank is among the `most` highest.
+
+        With hashes as ranks, that draws them by lot.
+        """
         if len(self.examples) < most or rank > self.examples[0][0]:
             push = heapq.heappush if len(self.examples) < most else heapq.heappushpop
-            push(self.examples, (rank, line, example_of(row) | {"line": line, "kind": kind}))
+            push(self.examples, (rank, line, example_of(row) | about | {"line": line}))
 
     def merge(self, other: "Mistakes", lines: int, most: int) -> None:
         """Take over the mistakes of the next part of the file, which follows `lines` lines."""
@@ -137,6 +139,10 @@ class Mistakes:
 LONGEST_SHOWN = 5_000  # characters of an answer
 
 
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … (cut off at {most:,} of {len(text):,} characters)"
+
+
 def example_of(row: dict[str, Any]) -> dict[str, Any]:
     """What to show of a row: its id, question, pages, expected answer, and its answer or error."""
     try:
@@ -147,10 +153,10 @@ def example_of(row: dict[str, Any]) -> dict[str, Any]:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     answer = answer_of(row)
     return {
-        "id": None if row.get("id") is None else json.dumps(row["id"], ensure_ascii=False).strip('"')[:200],
+        "id": None if row.get("id") is None else _cut(str(row["id"]), 200),
         "question": " ".join(block["text"] for block in blocks if block["type"] == "text")[:500],
         "pages": [block["image"][:200] for block in blocks if block["type"] == "image"][:10],
-        "expected": row["expected"][:LONGEST_SHOWN],
-        "actual": None if answer is None else answer[:LONGEST_SHOWN],
-        "error": None if row.get("error") is None else str(row["error"])[:500],
+        "expected": _cut(row["expected"], LONGEST_SHOWN),
+        "actual": None if answer is None else _cut(answer, LONGEST_SHOWN),
+        "error": None if row.get("error") is None else _cut(str(row["error"]), 500),
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from mistral_ft.mistakes import KINDS
 
-FOLD_NAMES = {"nfc": "Unicode forms", "case": "capitals", "space": "runs of spaces"}
+FOLD_NAMES = {"case": "capitals", "space": "runs of spaces", "nfc": "Unicode forms"}
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -18,8 +18,12 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def folded(folds: list[str]) -> str:
-    """What normalised accuracy does not count."""
-    return f"without {', '.join(FOLD_NAMES[fold] for fold in folds)}" if folds else "nothing is folded"
+    """What normalised accuracy looks over."""
+    return (
+        f"{', '.join(name for fold, name in FOLD_NAMES.items() if fold in folds)} do not count"
+        if folds
+        else "nothing is folded"
+    )
 
 
 def print_text(result: dict[str, Any], folds: list[str]) -> None:
@@ -119,7 +123,7 @@ def print_confidence(sure: dict[str, Any]) -> None:
     )
     print(review_sentence(sure))
     if sure["missing"]:
-        print(f"{sure['missing']} rows have no usable confidence and are not among these.")
+        print(f"Not part of this, for want of a usable confidence: {sure['missing']} of the rows.")
 
 
 def review_sentence(sure: dict[str, Any]) -> str:

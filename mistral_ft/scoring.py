@@ -192,7 +192,8 @@ class Score:
         if not graded.hit:
             kind = self.mistakes.add(row, graded)
             if options.examples:
-                self.mistakes.add_example(_hash(raw), line, row, kind, options.examples)
+                about = {"kind": kind, "confidence": confidence}
+                self.mistakes.add_example(_hash(raw), line, row, about, options.examples)
             if options.keep_wrong:
                 self.wrong.append(raw.strip() + b"\n")
 
@@ -368,8 +369,12 @@ def figures(totals: Totals) -> dict[str, Any]:
             "recall": right / expected if expected else 1.0,
             "f1": 2 * right / (answered + expected) if answered + expected else 1.0,
             "fields": {
-                path: {"accuracy": totals.right_fields[path] / count, "count": count}
-                for path, count in totals.expected_fields.items()
+                path: _share(totals.right_fields[path], count) for path, count in totals.expected_fields.items()
             },
         }
     return result
+
+
+def _share(hits: int, count: int) -> dict[str, Any]:
+    low, high = wilson(hits, count)
+    return {"count": count, "accuracy": hits / count, "low": low, "high": high}

@@ -92,7 +92,7 @@ def judge_confidence(
         threshold = threshold_for(learned(other.confidences), other.right, target)
     else:
         threshold = threshold_for(confidences, right, target)
-    bins = reliability(confidences, right)
+    bins = reliability(confidences, right, bins=max(1, min(10, len(confidences) // 10)))
     return {
         "kind": kind,
         "count": len(confidences),
