@@ -11,13 +11,15 @@ count as wrong; rows without `expected` cannot be scored and are left out; both 
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 from mistral_ft.confidence import KINDS
-from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import atomic_write, check_target
 from mistral_ft.metrics import FOLDS
 
+TARGET = 0.99
 EXAMPLES = 60  # wrong rows shown in the report, drawn by lot if there are more
 
 
@@ -34,10 +36,8 @@ def parse_arguments():
     parser.add_argument(
         "--normalize", nargs="*", choices=FOLDS, default=FOLDS, help="what normalised accuracy folds (default: all)"
     )
-    parser.add_argument(
-        "--confidence", choices=KINDS, default="min", help="which of predict's confidences (default: min)"
-    )
-    parser.add_argument("--target", type=float, default=0.99, help="accuracy wanted without review (default: 0.99)")
+    parser.add_argument("--confidence", choices=KINDS, help=f"which of predict's confidences (default: {KINDS[0]})")
+    parser.add_argument("--target", type=float, help=f"accuracy wanted without review (default: {TARGET})")
     parser.add_argument(
         "--calibrate_on", metavar="OTHER", help="predictions of other records, to learn what a confidence is worth"
     )
@@ -53,14 +53,14 @@ def parse_arguments():
         parser.error("--broken has no effect without --compare")
     if args.images_dir and args.by != "page_size":
         parser.error("--images_dir has no effect without --by page_size")
-    if not 0 < args.target <= 1:
+    if args.target is not None and not 0 < args.target <= 1:
         parser.error(f"--target {args.target:g}: must be a share above 0, at most 1")
     if args.fail_under is not None and not 0 <= args.fail_under <= 1:
         parser.error(f"--fail_under {args.fail_under:g}: must be a share between 0 and 1")
     return args
 
 
-def main() -> int:
+def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
     from mistral_ft import score_output as output
@@ -77,12 +77,14 @@ def main() -> int:
             keep_wrong=bool(args.errors),
             keep_pairing=bool(args.compare or args.calibrate_on),
             examples=EXAMPLES if args.report else 0,
-            confidence=args.confidence,
+            confidence=args.confidence or KINDS[0],
         )
         score = score_file(
             args.file, options, files.enter_context(atomic_write(args.errors, "wb")) if args.errors else None
         )
-        pairing = Options(keep_pairing=True, confidence=args.confidence)
+        if not score.confidences and (args.calibrate_on or args.confidence or args.target):
+            raise UserError(f"{args.file}: no row has a usable `confidence`, so nothing can be said about review")
+        pairing = Options(keep_pairing=True, confidence=options.confidence)
 
         # 3. Is it better than another file?
         comparison = None
@@ -98,9 +100,10 @@ def main() -> int:
 
         # 4. What is the confidence worth?
         confidence = None
-        if score.confidences or args.calibrate_on:
+        if score.confidences:
             other = score_file(args.calibrate_on, pairing) if args.calibrate_on else None
-            confidence = judge_confidence(score, args.file, args.confidence, args.target, other, args.calibrate_on)
+            target = args.target or TARGET
+            confidence = judge_confidence(score, options.confidence, target, other, args.calibrate_on)
 
         # 5. What came out, in one object and as text, JSON or page.
         result = summarize(score, args.by, confidence, comparison)
@@ -122,7 +125,9 @@ def main() -> int:
         if args.report:
             print(f"Report in {args.report}")
     output.name_rows(result)
-    return 1 if args.fail_under is not None and result["accuracy"] < args.fail_under else 0
+    if args.fail_under is not None and result["accuracy"] < args.fail_under:
+        print(f"The accuracy is below --fail_under {args.fail_under:g}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

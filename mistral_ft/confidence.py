@@ -71,15 +71,17 @@ class RiskCoverage:
     """How many of the surest answers are wrong, whatever share of them one takes.
 
     Attributes:
-        points: (coverage, risk, threshold): of the share `coverage` of answers that are at least as sure as
-            `threshold`, the share `risk` is wrong. About one point per percent of coverage.
+        coverage, risk, confidence: the curve, about one point per percent: of the share `coverage` of answers, which
+            are at least as sure as `confidence`, the share `risk` is wrong.
         area: mean risk over all coverages from 1/n to n/n (AURC, Geifman and El-Yaniv 2017), answers of one confidence
             in random order.
         area_random: the area if confidence told nothing, which is the share of wrong answers.
         area_best: the area if every wrong answer were less sure than every right one.
     """
 
-    points: list[tuple[float, float, float]]
+    coverage: list[float]
+    risk: list[float]
+    confidence: list[float]
     area: float
     area_random: float
     area_best: float
@@ -95,10 +97,12 @@ def risk_coverage(confidences: Sequence[float], right: Sequence[int], points: in
     counts = np.diff(ends, prepend=0)
     wrong = np.add.reduceat(1 - hits, ends - counts)
     risks = np.cumsum(np.repeat(wrong / counts, counts)) / taken
-    shown = np.unique(np.searchsorted(ends, np.arange(1, points + 1) * len(sure) / points))
+    shown = ends[np.unique(np.searchsorted(ends, np.arange(1, points + 1) * len(sure) / points))]
     best = np.maximum(0, taken - hits.sum()) / taken
     return RiskCoverage(
-        [(float(end / len(sure)), float(risks[end - 1]), float(sure[end - 1])) for end in ends[shown]],
+        (shown / len(sure)).tolist(),
+        risks[shown - 1].tolist(),
+        sure[shown - 1].tolist(),
         float(risks.mean()),
         float(1 - hits.mean()),
         float(best.mean()),

@@ -62,7 +62,7 @@ def risk_coverage_plot(confidence: dict[str, Any]) -> str:
     curve, review = confidence["risk_coverage"], confidence["review"]
     with _style():
         figure, axes = _axes(5.2, 4.2)
-        coverage, risk = [[point[i] for point in curve["points"]] for i in (0, 1)]
+        coverage, risk = curve["coverage"], curve["risk"]
         total = curve["area_random"]
         best = [max(0.0, share - (1 - total)) / share for share in coverage]
         axes.plot(

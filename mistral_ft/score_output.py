@@ -134,10 +134,8 @@ def review_sentence(sure: dict[str, Any]) -> str:
     right = f"{review['accuracy']:.1%} right (95 % interval {review['low']:.1%} to {review['high']:.1%})"
     if not review["share"]:
         return f"Without any review the answers are {right}."
-    return (
-        f"Review the least sure {review['share']:.1%} (confidence below {review['threshold']:.4f}), and the rest is "
-        f"{right}."
-    )
+    below = f"{review['threshold']:.4f}{' before calibration' if sure['calibrated_on'] else ''}"
+    return f"Review the least sure {review['share']:.1%} (confidence below {below}), and the rest is {right}."
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

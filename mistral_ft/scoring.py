@@ -182,7 +182,7 @@ class Score:
         wanted = fields_of(expected)
         found = fields_of(answer) if wanted is not None else None
         self.totals.add(graded, wanted, found)
-        if options.by:
+        if options.by is not None:
             self.slices[slice_of(row, options)].add(graded, wanted, found)
         if (confidence := confidence_of(row, options.confidence)) is not None:
             self.confidences.append(confidence)

@@ -40,7 +40,7 @@ def summarize(
         "words": _confusions(mistakes.words),
         "counts_too_low_by": {"characters": mistakes.characters.missed, "words": mistakes.words.missed},
     }
-    if by:
+    if by is not None:
         slices = {name: figures(totals) for name, totals in score.slices.items()}
         worst_first = sorted(slices, key=lambda name: (slices[name]["accuracy"], -slices[name]["count"], name))
         result["by"] = by
@@ -68,28 +68,30 @@ def _confusions(common: Common) -> dict[str, list[dict[str, Any]]]:
 
 
 def judge_confidence(
-    score: Score, name: str, kind: str, target: float, other: Score | None = None, other_name: str | None = None
+    score: Score, kind: str, target: float, other: Score | None = None, other_name: str | None = None
 ) -> dict[str, Any]:
     """What the confidence of a file's answers is worth.
 
     Args:
         target: the share of right answers wanted among those that nobody reviews.
         other: another file: what a confidence is worth, and the threshold for the review, are learned from it and
-            applied to `score`. Without it the threshold is chosen on the rows that it is then judged by.
+            applied to `score`. Without it the threshold is chosen on the rows that it is then judged by. The threshold
+            is one of confidences as predict gives them, the rest of the figures is of calibrated ones.
 
     Raises:
         UserError: if there is nothing to learn from, or the files share rows.
     """
     confidences, right = score.confidences, score.right
     if other:
-        for part, part_name in ((score, name), (other, other_name)):
-            if not part.confidences:
-                raise UserError(f"{part_name}: no row has a `confidence`, so --calibrate_on has no effect")
+        if not other.confidences:
+            raise UserError(f"{other_name}: no row has a usable `confidence` to calibrate on")
         if shared := len(set(score.pairing.identities) & set(other.pairing.identities)):
-            raise UserError(f"{other_name}: shares {shared} records with {name}; calibrate on other ones")
+            raise UserError(f"{other_name}: {shared} of the records are also in the file to be scored; use other ones")
         learned = calibrate(other.confidences, other.right)
-        confidences = learned(confidences)
-        threshold = threshold_for(learned(other.confidences), other.right, target)
+        confidences, others = learned(score.confidences), learned(other.confidences)
+        enough = threshold_for(others, other.right, target)
+        passing = [raw for raw, sure in zip(other.confidences, others, strict=True) if enough and sure >= enough]
+        threshold = min(passing, default=None)  # as predict gives it: to be applied without calibrating
     else:
         threshold = threshold_for(confidences, right, target)
     bins = reliability(confidences, right, bins=max(1, min(10, len(confidences) // 10)))
@@ -101,7 +103,7 @@ def judge_confidence(
         "bins": [asdict(part) for part in bins],
         "expected_calibration_error": expected_calibration_error(bins),
         "risk_coverage": asdict(risk_coverage(confidences, right)),
-        "review": {"target": target} | asdict(review_below(confidences, right, threshold)),
+        "review": {"target": target} | asdict(review_below(score.confidences, right, threshold)),
     }
 
 

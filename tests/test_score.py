@@ -355,7 +355,8 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, change, reason):
 def test_fail_under_is_an_exit_code(tmp_path, run_cli):
     path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
     assert run_cli("score", path, "--fail_under", "0.5")[0] == 0
-    assert run_cli("score", path, "--fail_under", "0.51")[0] == 1
+    code, _, err = run_cli("score", path, "--fail_under", "0.51")
+    assert (code, err) == (1, "The accuracy is below --fail_under 0.51\n")
     assert run_cli("score", path, "--fail_under", "90")[0] == 2
     assert run_cli("score", path, "--broken", "x")[0] == 2
 
@@ -435,7 +436,9 @@ def test_rows_of_one_confidence_are_reviewed_together():
 
 def test_risk_coverage_of_hand_computed_rows():
     curve = risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 1])
-    assert curve.points == [(0.25, 0.0, 0.9), (0.5, 0.5, 0.8), (0.75, 1 / 3, 0.7), (1.0, 0.25, 0.6)]
+    assert curve.coverage == [0.25, 0.5, 0.75, 1.0]
+    assert curve.risk == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
+    assert curve.confidence == [0.9, 0.8, 0.7, 0.6]
     assert curve.area == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert curve.area_random == 0.25
     assert curve.area_best == pytest.approx((0 + 0 + 0 + 1 / 4) / 4)
@@ -444,7 +447,7 @@ def test_risk_coverage_of_hand_computed_rows():
 def test_answers_of_one_confidence_count_as_in_random_order():
     sure, right = [0.9, 0.5, 0.5, 0.5, 0.2], [1, 1, 0, 0, 1]
     curve = risk_coverage(sure, right)
-    assert [point[0] for point in curve.points] == [0.2, 0.8, 1.0]
+    assert curve.coverage == [0.2, 0.8, 1.0]
     areas = []
     for order in itertools.permutations([1, 0, 0]):
         wrong = np.cumsum(1 - np.array([1, *order, 1]))
@@ -456,9 +459,9 @@ def test_a_long_curve_has_about_a_hundred_points():
     rng = random.Random(0)
     sure = [rng.random() for _ in range(5000)]
     curve = risk_coverage(sure, [rng.random() < p for p in sure])
-    assert len(curve.points) == 100
-    assert curve.points[0][0] == 0.01
-    assert curve.points[-1][:2] == (1.0, pytest.approx(curve.area_random))
+    assert len(curve.coverage) == len(curve.risk) == len(curve.confidence) == 100
+    assert curve.coverage[0] == 0.01
+    assert (curve.coverage[-1], curve.risk[-1]) == (1.0, pytest.approx(curve.area_random))
     assert curve.area_best < curve.area < curve.area_random
 
 
@@ -487,7 +490,7 @@ def test_calibrating_on_the_same_rows_is_refused(tmp_path, run_cli):
     path, other = write_jsonl(tmp_path / "a.jsonl", sure_rows(20)), write_jsonl(tmp_path / "b.jsonl", sure_rows(5))
     code, _, err = run_cli("score", path, "--calibrate_on", other)
     assert code == 2
-    assert "shares 5 records with" in err
+    assert ": 5 of the records are also in the file to be scored; use other ones" in err
 
 
 def test_ids_that_start_anew_are_no_sign_of_the_same_rows(tmp_path, run_cli):
@@ -511,6 +514,11 @@ def test_the_threshold_learned_elsewhere_is_judged_here(tmp_path, run_cli):
     assert (alone["share"], alone["accuracy"]) == (0.75, 1.0)
     learned = json.loads(run_cli("score", here, "--json", "--calibrate_on", other)[1])["confidence"]["review"]
     assert (learned["share"], learned["accuracy"], learned["count"]) == (0.25, 2 / 3, 3)
+    assert learned["threshold"] == pytest.approx(0.7)
+    out = run_cli("score", here, "--calibrate_on", other)[1]
+    assert (
+        "Review the least sure 25.0% (confidence below 0.7000 before calibration), and the rest is 66.7% right" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -568,3 +576,74 @@ def test_wrong_answers_by_kind_and_what_they_confuse(tmp_path, run_cli):
     assert "extra words" not in out
     assert "\n1  cut off at the length limit: raise predict's --max_new_tokens\n" in out
     assert "wrong answers" not in run_cli("score", write_jsonl(path, rows[6:7]))[1]
+
+
+def test_rows_without_an_answer_are_worth_nothing():
+    # Not even where the empty answer would score: two texts without words, two empty ones.
+    for expected in ("the", ""):
+        graded = grade({"expected": expected, "error": "image gone"})
+        assert (graded.hit, graded.folded_hit, graded.anls, graded.token_f1) == (False, False, 0, 0)
+
+
+def test_ids_of_any_kind(tmp_path, run_cli):
+    ids = [None, None, 1, "1", 1.5, True, [], {"a": 1, "b": 2}, {"b": 2, "a": 1}, 1]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"id": id, "expected": "a", "actual": "a"} for id in ids])
+    assert run_cli("score", path)[2] == (
+        "Rows with an id that stands in the file before count like any other: 2 (lines 9, 10)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("by", "slices"),
+    [
+        ("meta.tags", ["(none)", '["x", "y"]', '{"z": 1}', "true", r"a\x1b[2J\u202e", "dotted"]),
+        ("meta", ["(none)", '{"tags": ["x", "y"]}', '{"tags": true}', '{"tags": {"z": 1}}']),
+    ],
+)
+def test_slices_by_fields_of_any_kind(tmp_path, run_cli, by, slices):
+    tags = (["x", "y"], {"z": 1}, True, "a\x1b[2J\u202e")
+    rows = [{"expected": "a", "actual": "b", "meta": {"tags": tag}} for tag in tags]
+    rows += [{"expected": "a", "actual": "b", "meta": None}, {"expected": "a", "actual": "b", "meta.tags": "dotted"}]
+    out = run_cli("score", write_jsonl(tmp_path / "p.jsonl", rows), "--by", by)[1]
+    found = [line.split("  ")[0] for line in out[out.index(f"By {by}") :].splitlines()[1:]]
+    assert set(slices) <= set(found)
+
+
+def test_slices_that_say_nothing_are_refused(tmp_path, run_cli, monkeypatch):
+    path = write_jsonl(tmp_path / "p.jsonl", ROWS)
+    assert "--by kin: no row of" in run_cli("score", path, "--by", "kin")[2]
+    monkeypatch.setattr(scoring, "MOST_SLICES", 5)
+    assert "--by id: more than 5 values; slice by a field with fewer" in run_cli("score", path, "--by", "id")[2]
+
+
+def test_messages_that_are_none_have_no_page_size(tmp_path, run_cli):
+    rows = [
+        {"expected": "a", "actual": "b", "messages": messages}
+        for messages in ("text", [1], {"a": 1}, [{"role": "user", "content": [{"type": "image", "image": 3}]}])
+    ]
+    out = run_cli("score", write_jsonl(tmp_path / "p.jsonl", rows), "--by", "page_size")[1]
+    assert out.splitlines()[-1] == "page cannot be opened  0.0000  (0.000 to 0.490)  0/4"
+
+
+def test_flags_that_could_not_act_are_refused(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    other = write_jsonl(tmp_path / "b.jsonl", sure_rows(5, first=10))
+    for flags in (["--target", "0.9"], ["--confidence", "sum"], ["--calibrate_on", other]):
+        code, _, err = run_cli("score", path, *flags)
+        assert code == 2
+        assert err.endswith("a.jsonl: no row has a usable `confidence`, so nothing can be said about review\n")
+    assert (
+        "a.jsonl: no row has a usable `confidence` to calibrate on"
+        in (run_cli("score", other, "--calibrate_on", path)[2])
+    )
+    assert "--images_dir has no effect without --by page_size" in run_cli("score", path, "--images_dir", ".")[2]
+    assert "/dev/null: is a device or a pipe; give a file" in run_cli("score", path, "-e", "/dev/null")[2]
+
+
+def test_nothing_is_written_if_a_later_step_fails(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    other = write_jsonl(tmp_path / "b.jsonl", [row(99, "a") | {"actual": "a"}])
+    code, out, err = run_cli("score", path, "-e", tmp_path / "e.jsonl", "--compare", other)
+    assert (code, out) == (2, "")
+    assert "share no row that can be scored" in err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
