@@ -3,7 +3,7 @@
 import heapq
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class Common:
     missed: int = 0
     keep = 20_000
 
-    def merge(self, things: "Counter | Common | Iterator") -> None:
+    def merge(self, things: "Common | Iterable") -> None:
         """Count more things."""
         if isinstance(things, Common):
             self.missed += things.missed

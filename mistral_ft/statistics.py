@@ -10,7 +10,8 @@ def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, 
     share, z2 = hits / count, z * z
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # It holds the share itself, which rounding must not change.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def mcnemar(fixed: int, broken: int) -> float:

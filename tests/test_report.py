@@ -100,6 +100,14 @@ def test_a_page_of_nothing_but_right_answers(report):
     assert "0 wrong there is nothing to mend" in page.text("")
 
 
+def test_a_page_of_nothing_but_wrong_answers(report):
+    rows = [row(i, "a") | {"actual": "b", "finish_reason": "length"} | sure(0.01 + i / 10_000) for i in range(24)]
+    page = Page(report(rows, "--by", "id"))
+    assert "0.0 % of the answers are exactly right" in page.text("")
+    assert "No part of the answers is 99.0% right without review." in page.text("confidence")
+    assert "24 cut off at the length limit" in page.text("wrong")
+
+
 def test_plots_are_vectors_in_the_colours_of_the_page(report):
     plots = re.findall("<svg.*?</svg>", report(ROWS, "--by", "kind"), re.DOTALL)
     assert len(plots) == 3

@@ -189,6 +189,12 @@ def test_wilson_equals_statsmodels(hits, count):
     assert wilson(hits, count) == pytest.approx(proportion_confint(hits, count, method="wilson"), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 12, 24, 10**6])
+def test_no_interval_leaves_its_share_out(count):
+    assert wilson(0, count)[0] == 0
+    assert wilson(count, count)[1] == 1
+
+
 @pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (1, 0), (10, 2), (2, 10), (5, 5), (300, 240)])
 def test_mcnemar_equals_statsmodels(fixed, broken):
     assert mcnemar(fixed, broken) == pytest.approx(statsmodels_mcnemar([[9, fixed], [broken, 9]], exact=True).pvalue)
