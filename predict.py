@@ -7,8 +7,10 @@ Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the 
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
 """
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.records import read_records
@@ -21,15 +23,34 @@ def parse_arguments():
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
     parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens an answer may have (default: 300)")
-    parser.add_argument("--batch_size", type=int, default=8, help="records answered at once (default: 8)")
+    parser.add_argument("--batch_size", default="auto", help="records answered at once (default: auto, by GPU memory)")
+    parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams (default: 1, greedy)")
+    parser.add_argument("--temperature", type=float, help="sample answers at this temperature (default: greedy)")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument("--top_k", type=int, help="sample from the so many likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--limit", type=int, help="answer only the first LIMIT records (default: all)")
     parser.add_argument("--gpu_memory_gib", type=float, help="GPU memory to get by with (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing a stopped run")
     args = parser.parse_args()
-    for name in ("max_new_tokens", "batch_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+    if args.batch_size != "auto":
+        if not args.batch_size.isdecimal():
+            parser.error(f"--batch_size {args.batch_size}: must be a number or auto")
+        args.batch_size = int(args.batch_size)
+    for name in ("max_new_tokens", "batch_size", "limit", "num_beams", "top_k"):
+        if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, highest in (("temperature", math.inf), ("top_p", 1)):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) <= highest:
+            parser.error(f"--{name} {getattr(args, name):g}: out of range")
     return args
+
+
+def search_settings(args) -> dict[str, Any]:
+    """What of `generate` the user asked for; nothing for greedy decoding."""
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name)}
+    settings = sampling | ({"do_sample": True} if sampling else {})
+    return settings | ({"num_beams": args.num_beams} if args.num_beams > 1 else {})
 
 
 def default_name(model: str) -> str:
@@ -44,7 +65,7 @@ def main() -> int:
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
     from mistral_ft.files import sha256_file
-    from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan_batches
+    from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
@@ -58,13 +79,17 @@ def main() -> int:
     encoder, fitter = folders.load_prompt()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.
-    plan = plan_batches(page_lengths(records, encoder, fitter), args.batch_size)
+    search, lengths = search_settings(args), page_lengths(records, encoder, fitter)
+    size = None if args.batch_size == "auto" else args.batch_size
+    beams = args.num_beams if search else None
+    batches = plan(lengths, folders.folder, device, args.max_new_tokens, size, beams)
     settings = {
         "dataset": sha256_file(args.dataset),
         "images_dir": args.images_dir,
         "model": folders.fingerprint(),
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
+        "search": search | {"seed": args.seed} if search else {},
         "limit": args.limit,
         "device": device.type,
         "versions": versions(),
@@ -72,7 +97,7 @@ def main() -> int:
     output = Path(args.output or f"{default_name(args.model)}.jsonl")
     if output.resolve() == Path(args.dataset).resolve():
         raise UserError(f"{output}: is the dataset itself; give another file with -o")
-    predictions = Predictions(output, settings, plan, args.overwrite)
+    predictions = Predictions(output, settings, batches, args.overwrite)
     if predictions.done:
         print(f"Continuing: {len(predictions.done)} of {len(records)} rows are done", file=sys.stderr)
 
@@ -81,7 +106,7 @@ def main() -> int:
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     try:
         if predictions.batches_left:
-            generator = Generator(folders, encoder, fitter, device, args.max_new_tokens)
+            generator = Generator(folders, encoder, fitter, device, args.max_new_tokens, search, args.seed)
             for answers in generator.answer(records, predictions.batches_left):
                 predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
                 accuracy = predictions.hits / max(1, predictions.scored)

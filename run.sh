@@ -26,7 +26,6 @@ settings=(
     --vision_lora False
     --train_projector False
     --num_train_epochs 3
-    --per_device_train_batch_size 1
     --gradient_accumulation_steps 1
     --learning_rate 1e-4
     --lr_scheduler_type cosine
@@ -35,12 +34,10 @@ settings=(
     --adam_beta2 0.95
     --seed 42
     --max_seq_length 32768
-    --tf32 True
     --logging_steps 1
     --save_strategy steps
     --save_steps 1000
     --save_total_limit 5
-    --dataloader_num_workers 4
 )
 # ----------------------------------------------------------------------------------------------------------------------
 

@@ -11,14 +11,22 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_ft.arguments import EPILOG, DataArguments, HelpFormatter, LoraArguments, ModelArguments, TrainParser
+from mistral_ft.arguments import (
+    EPILOG,
+    DataArguments,
+    HelpFormatter,
+    LoraArguments,
+    ModelArguments,
+    SpeedArguments,
+    TrainParser,
+)
 from mistral_ft.errors import UserError, run_step
 from mistral_ft.records import read_records
 
 
 def main() -> None:
     # 1. Arguments. --help is answered before torch is imported, which takes seconds.
-    ours = (DataArguments, ModelArguments, LoraArguments)
+    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments)
     if {"-h", "--help"} & set(sys.argv[1:]):
         help_parser = TrainParser(
             ours, formatter_class=HelpFormatter, prog="python -m train", description=__doc__, epilog=EPILOG
@@ -27,8 +35,10 @@ def main() -> None:
         return
     from mistral_ft.training import FinetuneArguments
 
-    data_args, model_args, lora_args, args = TrainParser((*ours, FinetuneArguments), prog="python -m train").parse()
-    if problems := lora_args.problems():
+    data_args, model_args, lora_args, speed_args, args = TrainParser(
+        (*ours, FinetuneArguments), prog="python -m train"
+    ).parse()
+    if problems := lora_args.problems() + speed_args.problems():
         raise UserError("; ".join(problems))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("training runs in one process, on one GPU: start it with python -m train, without torchrun")
@@ -39,13 +49,15 @@ def main() -> None:
         raise UserError("--vision_lora and --train_projector have no effect: no record has an image")
 
     import torch
+    from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
-    from mistral_ft.data import Collator, RecordDataset, count_tokens
+    from mistral_ft.data import RecordDataset, measure_records
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
     from mistral_ft.model import check_model_folder, load_base, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.preflight import plan_training
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.training import FinetuneTrainer, check_optimizer
@@ -54,7 +66,7 @@ def main() -> None:
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
 
     check_optimizer(args)
-    settings = {"data": data_args, "model": model_args, "lora": lora_args, "training": args}
+    settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
     resumed = None if args.resume_from_checkpoint is None else Run.resume(args.resume_from_checkpoint, settings)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
@@ -62,7 +74,8 @@ def main() -> None:
     base = find_model_folder(model_args.model_id, weights=False)
     check_model_folder(base)
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    lengths = count_tokens(records, encoder, fitter, data_args.max_seq_length)
+    sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
+    lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
 
     # 4. The run's folder: a new one, or that of the run to continue.
@@ -78,27 +91,28 @@ def main() -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
 
-        # 6. Training.
+        # 6. How to train: which records share a sequence, and what the GPU has room for.
         rates = {"vision_tower": lora_args.vision_lr, "multi_modal_projector": lora_args.projector_lr}
         trainer = FinetuneTrainer(
-            model=model,
-            args=args,
-            train_dataset=RecordDataset(records, encoder, fitter),
-            data_collator=Collator(encoder.control.pad),
-            learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+            model=model, args=args, learning_rates={part: rate for part, rate in rates.items() if rate is not None}
         )
         try:
+            dataset = RecordDataset(records, encoder, fitter)
+            run.pack_length = plan_training(trainer, dataset, sizes, speed_args, run.pack_length)
+
+            # 7. Training.
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"the GPU's memory does not hold a batch of {args.per_device_train_batch_size} records of up to "
-                f"{max(lengths):,} tokens: lower --per_device_train_batch_size or shorten the longest records"
+                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some"
             ) from None
+        except TorchDynamoException as error:
+            raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None
 
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
-        # 7. The adapter, whole or not at all.
+        # 8. The adapter, whole or not at all.
         run.save_adapter(model)
         trainer.save_state()
     print_peak_memory(device)

@@ -78,6 +78,25 @@ class ModelArguments:
 
 
 @dataclass
+class SpeedArguments:
+    """How records are laid out and layers are run. Left alone, all of it is chosen to fit the GPU."""
+
+    packing: bool | None = _field(
+        None, "Records share sequences of one length (default: on a GPU, with --per_device_train_batch_size 1)."
+    )
+    pack_length: int | None = _field(None, "Tokens of such a sequence (default: by the GPU's memory and the data).")
+    compile: bool | None = _field(None, "Compile the layers (default: on a GPU).")
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these arguments, one line each."""
+        if self.pack_length is None:
+            return []
+        if self.packing is False:
+            return ["--pack_length has no effect with --packing False"]
+        return [f"--pack_length {self.pack_length}: must be at least 1"] if self.pack_length < 1 else []
+
+
+@dataclass
 class LoraArguments:
     """How to adapt it."""
 

@@ -4,13 +4,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mistral_ft.errors import RecordError, raise_all
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import ImageFitter, open_image, to_patches
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder
 from mistral_ft.records import Record
@@ -19,8 +19,8 @@ from mistral_ft.records import Record
 class RecordDataset:
     """Records as examples, read and encoded when asked for.
 
-    An example is {"input_ids": [int], "labels": [int], "pixel_values": [float32 array (3, height, width)]}; labels
-    are all `IGNORE_INDEX` if `with_answers` is False.
+    An example is {"input_ids": [int], "labels": [int], "pixel_values": [float32 array (patches, 3 * patch_size**2)],
+    "image_sizes": [(height, width)]}; labels are all `IGNORE_INDEX` if `with_answers` is False.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class RecordDataset:
         except ValueError as error:
             raise record.error(str(error)) from None
         input_ids, labels = encode_record(self.encoder, record, grids, self.with_answers)
+        pixels = [self.fitter.pixels(image) for image in images]
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "pixel_values": [self.fitter.pixels(image) for image in images],
+            "pixel_values": [to_patches(page, self.fitter.patch_size, self.fitter.cell_size) for page in pixels],
+            "image_sizes": [page.shape[1:] for page in pixels],
         }
 
 
@@ -58,16 +60,24 @@ def encode_record(
     return encoder.encode(record.messages, grids, expected, record.data.get("tools"))
 
 
-def count_tokens(
+class RecordSize(NamedTuple):
+    """How much of a record there is to compute: tokens, answer included; patches of its images; labels."""
+
+    tokens: int
+    patches: int
+    labels: int
+
+
+def measure_records(
     records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, max_seq_length: int
-) -> list[int]:
+) -> list[RecordSize]:
     """Open every page and encode every record once, ahead of training, so that nothing bad turns up hours later.
 
     Args:
         max_seq_length: tokens that a record may have; records are refused, never cut.
 
     Returns:
-        The number of tokens of each record, answer included.
+        The size of each record.
 
     Raises:
         UserError: naming the records whose page cannot be opened or that are too long.
@@ -94,61 +104,118 @@ def count_tokens(
         progress.close()
 
     errors: list[RecordError] = []
-    lengths = []
+    sizes = []
+    merged = (fitter.cell_size // fitter.patch_size) ** 2
     for record in records:
         found = [grids[path] for path in record.image_paths]
         broken = next((result for result in found if isinstance(result, str)), None)
         if broken is not None:
             errors.append(record.error(broken))
             continue
-        lengths.append(len(encode_record(encoder, record, found, with_answer=True)[0]))
-        if lengths[-1] > max_seq_length:
+        input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+        patches = merged * sum(rows * columns for rows, columns in found)
+        sizes.append(RecordSize(len(input_ids), patches, len(labels) - labels.count(IGNORE_INDEX)))
+        if len(input_ids) > max_seq_length:
             image_tokens = sum(rows * (columns + 1) for rows, columns in found)
             errors.append(
                 record.error(
-                    f"{lengths[-1]} tokens ({image_tokens} of them for {len(found)} images) are more than "
+                    f"{len(input_ids)} tokens ({image_tokens} of them for {len(found)} images) are more than "
                     f"--max_seq_length {max_seq_length}; raise it, or shorten the record"
                 )
             )
     raise_all(errors)
-    return lengths
+    return sizes
 
 
-class Collator:
-    """Examples to one padded batch.
-
-    Returns {"input_ids", "attention_mask", "labels": int64 (batch, tokens)} and, if there is any image,
-    {"pixel_values": float32 (images, 3, height, width), zero-padded on the right and below, "image_sizes": int64
-    (images, 2)}, images in the order of their records.
+class PackedDataset:
+    """Records in packs: item i is the list of the examples of pack i.
 
     Args:
-        pad_id: id that fills up `input_ids`; it carries no attention and no label.
-        padding_side: "right" for training, "left" for generation, which goes on at the right edge.
+        packs: the numbers of each pack's records.
     """
 
-    def __init__(self, pad_id: int, padding_side: str = "right"):
-        assert padding_side in ("left", "right")
+    def __init__(self, dataset: RecordDataset, packs: Sequence[Sequence[int]]):
+        self.dataset = dataset
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.dataset[number] for number in self.packs[index]]
+
+
+def _images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Nothing, or {"pixel_values": float32 (patches, ...), "image_sizes": [(height, width)]}, in the records' order."""
+    sizes = [size for example in examples for size in example["image_sizes"]]
+    if not sizes:
+        return {}
+    patches = np.concatenate([page for example in examples for page in example["pixel_values"]])
+    # Sizes stay numbers: the tower needs them on the CPU, and reading them back from the GPU would wait for it.
+    return {"pixel_values": torch.from_numpy(patches), "image_sizes": sizes}
+
+
+class TrainingCollator:
+    """Packs of examples to one sequence, record after record, without padding between them.
+
+    Returns {"input_ids", "position_ids", "labels": int64 (1, tokens), "label_positions": int64 (labels,), the positions
+    whose next token is a label, "cu_seq_lens": int32 (records + 1,), "max_length": int, "num_tokens": int} and, if
+    there is any image, what `RecordDataset` says of "pixel_values" and "image_sizes", all pages joined.
+
+    Args:
+        pad_id: id that fills up.
+        length: tokens of a sequence, filled up by a record of its own that carries no label; None fills up nothing.
+        max_records: records, the fill included, that `cu_seq_lens` has room for when `length` is given.
+    """
+
+    def __init__(self, pad_id: int, length: int | None = None, max_records: int | None = None):
         self.pad_id = pad_id
-        self.padding_side = padding_side
+        self.length = length
+        self.max_records = max_records
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = {
-            "input_ids": self._pad([e["input_ids"] for e in examples], self.pad_id),
-            "attention_mask": self._pad([[1] * len(e["input_ids"]) for e in examples], 0),
-            "labels": self._pad([e["labels"] for e in examples], IGNORE_INDEX),
+    def __call__(self, packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+        examples = [example for pack in packs for example in pack]
+        rows = [(example["input_ids"], example["labels"]) for example in examples]
+        num_tokens = sum(len(ids) for ids, _ in rows)
+        if self.length is not None and num_tokens < self.length:
+            fill = self.length - num_tokens
+            rows.append(([self.pad_id] * fill, [IGNORE_INDEX] * fill))
+        lengths = [len(ids) for ids, _ in rows]
+        bounds = np.cumsum([0, *lengths])
+        if self.max_records is not None:
+            # Records of no tokens: shapes that never change are compiled once.
+            bounds = np.pad(bounds, (0, self.max_records + 1 - len(bounds)), mode="edge")
+        labels = np.concatenate([labels for _, labels in rows])
+        return {
+            "input_ids": torch.tensor([[number for ids, _ in rows for number in ids]]),
+            "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
+            "cu_seq_lens": torch.from_numpy(bounds.astype(np.int32)),
+            "max_length": self.length or max(lengths),
+            "num_tokens": num_tokens,
+            **_images(examples),
         }
-        pages = [page for example in examples for page in example["pixel_values"]]
-        if pages:
-            sizes = [page.shape[1:] for page in pages]
-            stacked = np.zeros((len(pages), 3, *np.max(sizes, axis=0)), np.float32)
-            for place, page, (height, width) in zip(stacked, pages, sizes, strict=True):
-                place[:, :height, :width] = page
-            batch["pixel_values"] = torch.from_numpy(stacked)
-            batch["image_sizes"] = torch.tensor(sizes)
-        return batch
 
-    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
+
+class PromptCollator:
+    """Examples to one batch for generation, padded on the left: it goes on at the right edge.
+
+    Returns {"input_ids", "attention_mask": int64 (batch, tokens)} and, if there is any image, "pixel_values" and
+    "image_sizes" as `TrainingCollator` does.
+
+    Args:
+        pad_id: id that fills up `input_ids`; it carries no attention.
+    """
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        rows = [example["input_ids"] for example in examples]
         length = max(map(len, rows))
-        fill = [[value] * (length - len(row)) for row in rows]
-        pairs = zip(rows, fill, strict=True)
-        return torch.tensor([row + pad if self.padding_side == "right" else pad + row for row, pad in pairs])
+        return {
+            "input_ids": torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+            **_images(examples),
+        }

@@ -3,29 +3,36 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, GenerationConfig, Mistral3ForConditionalGeneration
 
-from mistral_ft.data import Collator, RecordDataset, encode_record
+from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, encode_record
+from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter, page_size
+from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.lora import Adapter
-from mistral_ft.model import check_model_folder, load_base
+from mistral_ft.model import check_model_folder, limit_gib, load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
 
-# Padded tokens of a batch, at most: on the 24B their prefill takes about 15 GiB beside the weights' 45.
-MAX_BATCH_TOKENS = 32768
+# Records answered at once, at most, where the batch size is chosen. More of them share a sweep over the weights, but
+# wait for the longest answer among them.
+MOST_ROWS = 32
+ROWS_ON_CPU = 8
+# Padded tokens of a batch for transformers' generate: on the 24B they take about 15 GiB beside the weights' 45.
+MAX_PADDED_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -103,20 +110,63 @@ def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: Imag
         return list(pool.map(length, records))
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> list[list[int]]:
     """Row numbers in batches of like length, the longest first, so that what does not fit fails at once.
 
-    A batch has at most `batch_size` rows and, padded, `MAX_BATCH_TOKENS` tokens, but always one row.
+    A batch has at most `batch_size` rows and, if all were as long as its longest, `most_tokens` tokens, but always one
+    row.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         full = batches and (
-            len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > MAX_BATCH_TOKENS
+            len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > most_tokens
         )
         if not batches or full:
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+def plan(
+    lengths: Sequence[int],
+    folder: Path,
+    device: torch.device,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    num_beams: int | None = None,
+) -> list[list[int]]:
+    """Batches for these prompts.
+
+    Args:
+        lengths: tokens of each prompt.
+        folder: of the model.
+        batch_size: rows of a batch; None: as many as the GPU has room for, up to `MOST_ROWS`.
+        num_beams: beams of transformers' generate, where that is used.
+    """
+    whole = [length + max_new_tokens for length in lengths]
+    if num_beams is not None:
+        return plan_batches(whole, batch_size or ROWS_ON_CPU, MAX_PADDED_TOKENS // num_beams)
+    if device.type != "cuda" or batch_size is not None:
+        return plan_batches(whole, batch_size or ROWS_ON_CPU, sys.maxsize)
+    return plan_batches(whole, MOST_ROWS, cache_tokens(folder, device, max(lengths)))
+
+
+def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
+    """Tokens, of prompts and answers, whose keys and values the GPU has room for beside the weights.
+
+    Args:
+        folder: of the model; only its config.json is read.
+        longest: tokens of the longest prompt.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        weights = 2 * sum(p.numel() for p in Mistral3ForConditionalGeneration(config).parameters())
+    text = config.text_config
+    # Prompts at work: five tensors as wide as the MLP, eight as wide as the hidden state; 3 GiB for the rest.
+    width = 2 * (5 * text.intermediate_size + 8 * text.hidden_size)
+    at_work = max(longest, MAX_PROMPT_TOKENS) * width + 3 * 2**30
+    free = limit_gib(device) * 2**30 - weights - at_work
+    return max(0, int(free)) // KeyValueCache.bytes_per_token(text, torch.bfloat16)
 
 
 PREDICTED = ("actual", "confidence", "finish_reason", "error")
@@ -128,11 +178,13 @@ class Answer:
 
     Attributes:
         log_probs: of the answer's tokens, the end token included.
+        fields: of an answer that is a JSON object, the confidence of each top-level value.
         finished: whether the model ended the answer, or the limit of tokens did.
     """
 
     actual: str = ""
     log_probs: tuple[float, ...] = ()
+    fields: dict[str, dict[str, float]] = field(default_factory=dict)
     finished: bool = True
     error: str | None = None
 
@@ -146,28 +198,19 @@ class Answer:
         sure = {"sum": round(total, 4), "mean": round(total / count, 4), "min": round(min(self.log_probs), 4)}
         return kept | {
             "actual": self.actual,
-            "confidence": sure | {"tokens": count},
+            "confidence": sure | {"tokens": count} | ({"fields": self.fields} if self.fields else {}),
             "finish_reason": "stop" if self.finished else "length",
         }
 
 
-class _GreedyLogProbs(LogitsProcessor):
-    """Notes the log-probability of each token that greedy decoding takes: that of the likeliest one."""
-
-    def __init__(self):
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.float()
-        self.steps.append(scores.max(-1).values - scores.logsumexp(-1))
-        return scores
-
-
 class Generator:
-    """A loaded model that answers records, greedily.
+    """A loaded model that answers records.
 
     Args:
         max_new_tokens: tokens an answer may have.
+        search: settings of transformers' `generate` other than greedy decoding, such as {"num_beams": 4} or
+            {"do_sample": True, "temperature": 0.7}; empty for greedy decoding, which is this toolkit's own.
+        seed: of samples. Each batch starts from it anew, so that a run that is continued draws the same.
     """
 
     def __init__(
@@ -177,26 +220,35 @@ class Generator:
         fitter: ImageFitter,
         device: torch.device,
         max_new_tokens: int,
+        search: dict[str, Any] | None = None,
+        seed: int = 0,
     ):
         self.model = folders.load(device)
         self.encoder, self.fitter, self.device = encoder, fitter, device
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         control = encoder.control
-        self.settings = GenerationConfig(
+        self.search = search and GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             bos_token_id=control.bos,
             eos_token_id=control.eos,
             pad_token_id=control.pad,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **search,
         )
-        self.model.generation_config = self.settings
+        if self.search:
+            self.model.generation_config = self.search
+        else:
+            self.decoder = GreedyDecoder(self.model, control.eos)
 
     def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
         """Yield the answers of each batch, by row number. The next batch's pages are read meanwhile."""
         examples = _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False))
+        pad = self.encoder.control.pad
         loader = DataLoader(
             examples,
             batch_sampler=batches,
-            collate_fn=_PromptCollator(self.encoder.control.pad),
+            collate_fn=_BatchCollator(PromptCollator(pad) if self.search else _GroupCollator(pad)),
             # On a CPU the model needs the cores itself.
             num_workers=4 if self.device.type == "cuda" else 0,
         )
@@ -206,24 +258,41 @@ class Generator:
                 answers |= dict(zip(answerable, self._generate(batch), strict=True))
             yield {index: answers[index] for index in rows}
 
-    @torch.inference_mode()
-    def _generate(self, batch: dict[str, torch.Tensor]) -> list[Answer]:
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        log_probs = _GreedyLogProbs()
+    def _generate(self, batch: Any) -> list[Answer]:
         try:
-            output = self.model.generate(**batch, generation_config=self.settings, logits_processor=[log_probs])
+            if self.search:
+                new_ids, log_probs = self._generate_by_search(batch)
+            else:
+                new_ids, log_probs = self.decoder.decode(batch, self.max_new_tokens)
         except torch.OutOfMemoryError:
-            rows, length = batch["input_ids"].shape
-            raise UserError(
-                f"the GPU's memory does not hold a batch of {rows} records of up to {length} tokens; lower --batch_size"
-            ) from None
-        eos = self.encoder.control.eos
-        answers = []
-        new_ids = output[:, batch["input_ids"].shape[1] :].tolist()
-        for ids, probs in zip(new_ids, torch.stack(log_probs.steps, 1).tolist(), strict=True):
-            end = ids.index(eos) + 1 if eos in ids else len(ids)
-            answers.append(Answer(self.encoder.decode(ids[:end]), tuple(probs[:end]), eos in ids))
-        return answers
+            raise UserError("the GPU's memory does not hold such a batch of records; lower --batch_size") from None
+        return [self._answer(ids, probs) for ids, probs in zip(new_ids, log_probs, strict=True)]
+
+    @torch.inference_mode()
+    def _generate_by_search(self, batch: dict[str, Any]) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens and their log-probabilities, by transformers' generate."""
+        torch.manual_seed(self.seed)
+        ids, core = batch["input_ids"].to(self.device), self.model.model
+        embeds = self.model.get_input_embeddings()(ids)
+        if "pixel_values" in batch:
+            # generate repeats its inputs for each beam, row by row, and patches are not in rows.
+            pages = core.get_image_features(batch["pixel_values"].to(self.device), batch["image_sizes"]).pooler_output
+            places = (ids == core.config.image_token_id)[..., None]
+            embeds = embeds.masked_scatter(places, torch.cat(pages).to(embeds.dtype))
+        output = self.model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"].to(self.device))
+        beams = getattr(output, "beam_indices", None)
+        # Scores of beams are log-probabilities already.
+        scores = self.model.compute_transition_scores(
+            output.sequences, output.scores, beams, normalize_logits=beams is None
+        )
+        return cut_at(self.encoder.control.eos, output.sequences.tolist(), scores.tolist())
+
+    def _answer(self, ids: list[int], log_probs: list[float]) -> Answer:
+        text, fields = self.encoder.decode(ids), {}
+        if value_spans(text):
+            ends = token_ends([self.encoder.decode(ids[: count + 1]) for count in range(len(ids))])
+            fields = field_confidences(text, ends, log_probs)
+        return Answer(text, tuple(log_probs), fields, ids[-1] == self.encoder.control.eos)
 
 
 class _Prompts:
@@ -242,15 +311,25 @@ class _Prompts:
             return index, error.reason
 
 
-class _PromptCollator:
-    """Rows to (reasons by number, numbers, batch of the others without labels)."""
+class _GroupCollator:
+    """Examples to groups of prompts laid end to end, as `GreedyDecoder` takes them."""
 
     def __init__(self, pad_id: int):
-        self.collate = Collator(pad_id, padding_side="left")
+        self.collate = TrainingCollator(pad_id)
 
-    def __call__(self, rows: list[tuple[int, Any]]) -> tuple[dict[int, str], list[int], dict[str, torch.Tensor]]:
+    def __call__(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        return [self.collate([[examples[row] for row in group]]) for group in prompt_groups(lengths)]
+
+
+class _BatchCollator:
+    """Rows to (reasons by number, numbers, batch of the others)."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]):
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[int, Any]]) -> tuple[dict[int, str], list[int], Any]:
         failed = {index: example for index, example in rows if isinstance(example, str)}
         good = [(index, example) for index, example in rows if not isinstance(example, str)]
-        batch = self.collate([example for _, example in good]) if good else {}
-        batch.pop("labels", None)
+        batch = self.collate([example for _, example in good]) if good else None
         return failed, [index for index, _ in good], batch

@@ -24,12 +24,14 @@ class ImageFitter:
     """Turns pages into pixel arrays.
 
     Attributes:
+        patch_size: pixels along the edge of one patch of the vision tower.
         cell_size: pixels along the edge of one image token.
         longest_edge: pixels that the longer side of a page may have.
         mean, std: per channel (red, green, blue), of values in 0..1.
         resample: the PIL resampling filter.
     """
 
+    patch_size: int
     cell_size: int
     longest_edge: int
     mean: tuple[float, float, float]
@@ -52,6 +54,7 @@ class ImageFitter:
             raise UserError(f"{folder / 'preprocessor_config.json'}: rescale_factor is not 1/255, not supported")
         try:
             fitter = cls(
+                patch_size=config["vision_config"]["patch_size"],
                 cell_size=config["vision_config"]["patch_size"] * config.get("spatial_merge_size", 1),
                 longest_edge=settings["size"]["longest_edge"],
                 mean=tuple(map(float, settings["image_mean"])),
@@ -86,6 +89,17 @@ class ImageFitter:
         scale = (1 / (255 * np.asarray(self.std))).astype(np.float32)
         offset = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
         return np.ascontiguousarray((np.asarray(resized, np.float32) * scale + offset).transpose(2, 0, 1))
+
+
+def to_patches(pixels: np.ndarray, patch_size: int, cell_size: int) -> np.ndarray:
+    """Pixels of shape (3, height, width) to patches of shape (patches, 3 * patch_size**2).
+
+    Cell by cell, row by row, and within a cell row by row: the patches that make one image token stand together.
+    """
+    merge = cell_size // patch_size
+    _, height, width = pixels.shape
+    cut = pixels.reshape(3, height // cell_size, merge, patch_size, width // cell_size, merge, patch_size)
+    return np.ascontiguousarray(cut.transpose(1, 4, 2, 5, 0, 3, 6)).reshape(-1, 3 * patch_size**2)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:

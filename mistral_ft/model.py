@@ -4,17 +4,21 @@ import math
 import os
 import sys
 import warnings
-from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional as F
 from transformers import Mistral3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
+from mistral_ft.attention import PACKED
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 
@@ -26,58 +30,77 @@ class PageMistral3Model(Mistral3Model):
     """Mistral3Model whose images never see each other in the vision tower.
 
     transformers joins all images of a batch into one sequence under a dense block mask: time and memory grow with the
-    square of all patches together. Here images of one size form a batch with no mask at all. Only the last layer's
-    output is kept, and parts that do not learn keep no graph.
+    square of all patches together. Here they form one sequence whose attention knows where each begins. Only the last
+    layer's output is kept, and parts that do not learn keep no graph.
     """
 
     def get_image_features(self, pixel_values, image_sizes, vision_feature_layer=None, **kwargs):
         """Encode images.
 
         Args:
-            pixel_values: float of shape (images, 3, height, width), padded on the right and below.
-            image_sizes: int of shape (images, 2): each one's own (height, width) in pixels.
+            pixel_values: float of shape (patches, 3 * patch_size**2): the patches of all images as `images.to_patches`
+                orders them.
+            image_sizes: each image's (height, width) in pixels, as numbers or as an int tensor of shape (images, 2).
 
         Returns:
             An output whose `pooler_output` is a list of tensors of shape (tokens of the image, hidden size).
         """
         assert self.config.vision_feature_layer == -1, "load_base refuses other layers"
-        groups = defaultdict(list)
-        sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
-        for index, size in enumerate(sizes):
-            groups[size].append(index)
-        features: list[torch.Tensor | None] = [None] * len(sizes)
-        patch = self.vision_tower.patch_size
-        for (height, width), indices in groups.items():
-            at_once = max(1, MAX_TOWER_PATCHES // ((height // patch) * (width // patch)))
-            for start in range(0, len(indices), at_once):
-                chosen = indices[start : start + at_once]
-                pages = self._encode_pages(pixel_values[chosen, :, :height, :width])
-                for index, page in zip(chosen, pages, strict=True):
-                    features[index] = page
+        patch, merge = self.vision_tower.patch_size, self.config.spatial_merge_size
+        grids = [(height // patch, width // patch) for height, width in torch.as_tensor(image_sizes).tolist()]
+        features: list[torch.Tensor] = []
+        start = 0
+        for some in _in_groups(grids, MAX_TOWER_PATCHES):
+            count = sum(rows * columns for rows, columns in some)
+            encoded = self._encode_patches(pixel_values[start : start + count], some)
+            features += encoded.split([rows * columns // merge**2 for rows, columns in some])
+            start += count
         return BaseModelOutputWithPooling(pooler_output=features)
 
-    def _encode_pages(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images of one size, (images, 3, height, width), to features of shape (images, tokens, hidden size)."""
-        count, _, height, width = pixel_values.shape
+    def _encode_patches(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """The patches of images of some (rows, columns) to features of shape (tokens, hidden size)."""
+        merge, projector = self.config.spatial_merge_size, self.multi_modal_projector
         with _grad_if_trained(self.vision_tower):
-            hidden = self._run_tower(pixel_values)
-        with _grad_if_trained(self.vision_tower, self.multi_modal_projector):
-            features = self.multi_modal_projector(hidden.flatten(0, 1), [(height, width)] * count)
-        return features.unflatten(0, (count, -1))
+            hidden = self._run_tower(pixel_values, grids)
+        with _grad_if_trained(self.vision_tower, projector):
+            # The projector without its PatchMerger, which sorts patches into cells one image at a time.
+            cells = projector.norm(hidden).unflatten(0, (-1, merge**2)).transpose(1, 2).flatten(1)
+            merged = projector.patch_merger.merging_layer(cells)
+            return projector.linear_2(projector.act(projector.linear_1(merged)))
 
-    def _run_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """PixtralVisionModel.forward without its mask, for images of one size: (images, patches, hidden size)."""
+    def _run_tower(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """PixtralVisionModel.forward on patches that are cut out already: (patches, hidden size)."""
         tower = self.vision_tower
-        patches = tower.patch_conv(pixel_values.to(tower.patch_conv.weight.dtype))
-        rows, columns = patches.shape[-2:]
-        hidden = tower.ln_pre(patches.flatten(2).transpose(1, 2))
-        positions = torch.cartesian_prod(
-            torch.arange(rows, device=hidden.device), torch.arange(columns, device=hidden.device)
-        )
-        rotary = tower.patch_positional_embedding(hidden, positions)
-        return tower.transformer(
-            hidden, attention_mask=None, position_embeddings=rotary, return_dict=True
-        ).last_hidden_state
+        weight = tower.patch_conv.weight  # a convolution whose stride is its kernel: one product per patch
+        hidden = tower.ln_pre(F.linear(pixel_values.to(weight.dtype), weight.flatten(1)))[None]
+        positions = torch.cat([patch_positions(*grid, self.config.spatial_merge_size) for grid in grids])
+        bounds = [0, *accumulate(rows * columns for rows, columns in grids)]
+        rotary = tower.patch_positional_embedding(hidden, positions.to(hidden.device))
+        packed = {
+            "cu_seq_lens": torch.tensor(bounds, dtype=torch.int32, device=hidden.device),
+            "max_length": max(rows * columns for rows, columns in grids),
+        }
+        for layer in tower.transformer.layers:
+            hidden = layer(hidden, None, position_embeddings=rotary, **packed)
+        return hidden[0]
+
+
+@lru_cache(maxsize=256)
+def patch_positions(rows: int, columns: int, merge: int) -> torch.Tensor:
+    """(row, column) of an image's patches in the order of `images.to_patches`: int64 of shape (rows * columns, 2)."""
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows, columns, 2)
+    return grid.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+
+
+def _in_groups(grids: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Images in their order, as many at once as have `most` patches together, but always one."""
+    some: list[tuple[int, int]] = []
+    for rows, columns in grids:
+        if some and sum(r * c for r, c in some) + rows * columns > most:
+            yield some
+            some = []
+        some.append((rows, columns))
+    yield some
 
 
 def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
@@ -114,6 +137,7 @@ def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForCon
             raise UserError(f"{folder}: {len(report[kind])} weights are {what} for its config.json, such as {example}")
     # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
     model.model.__class__ = PageMistral3Model
+    model.config.vision_config._attn_implementation = PACKED
     return model
 
 
@@ -157,6 +181,13 @@ def pick_device(gpu_memory_gib: float | None = None, use_cpu: bool = False) -> t
             raise UserError(f"--gpu_memory_gib {gpu_memory_gib:g}: the card has {math.floor(there * 10) / 10} GiB")
         torch.cuda.set_per_process_memory_fraction(gpu_memory_gib / there, device)
     return device
+
+
+def limit_gib(device: torch.device) -> float:
+    """GiB that torch may reserve: what is free, or what `pick_device` was told to get by with."""
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)
+    return min(there, torch.cuda.get_per_process_memory_fraction(device) * total) / 2**30
 
 
 def print_peak_memory(device: torch.device) -> None:

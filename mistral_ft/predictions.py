@@ -9,6 +9,7 @@ else is in its batch, so only whole batches make the end the same as that of a r
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,9 +102,10 @@ class Predictions:
                 raise UserError(
                     f"{self.partial} is an unfinished run with another {', '.join(changed)}; --overwrite starts again"
                 )
-            # The plan follows from the settings, unless this program has changed.
-            if found["plan"] != self._header["plan"]:
+            # How many rows a batch has may depend on the GPU's free memory; a run is continued with its own batches.
+            if sorted(chain(*found["plan"])) != sorted(chain(*self.plan)):
                 raise UserError(f"{self.partial} is an unfinished run with other batches; --overwrite starts again")
+            self.plan = self._header["plan"] = found["plan"]
             file.seek(0)
             file.readline()
             for batch in self.plan:

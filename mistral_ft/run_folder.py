@@ -101,7 +101,7 @@ class Run:
         written, now = read_run(folder), _describe(settings)
         changed = [
             name
-            for part in ("base_model", "data", "images_dir", "lora", "training")
+            for part in ("base_model", "data", "images_dir", "lora", "speed", "training")
             for name in _differences(part, written.get("resume", {}).get(part), now[part])
         ]
         if changed:
@@ -109,6 +109,15 @@ class Run:
                 f"{folder}: cannot be continued with another {', '.join(changed)}; its own are in its {RUN_FILE}"
             )
         return cls(folder, checkpoint)
+
+    @property
+    def pack_length(self) -> int | None:
+        """Tokens of a packed sequence, once that is decided. To resume, it must be what it was."""
+        return read_run(self.folder).get("pack_length")
+
+    @pack_length.setter
+    def pack_length(self, length: int | None) -> None:
+        write_json(self.folder / RUN_FILE, read_run(self.folder) | {"pack_length": length})
 
     @contextlib.contextmanager
     def cleaned_up_if_useless(self) -> Iterator[None]:
@@ -145,6 +154,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
         "lora": _json(changed_fields(settings["lora"])),
+        "speed": {name: value for name, value in changed_fields(settings["speed"]).items() if name != "compile"},
         "training": {name: value for name, value in training.items() if not name.startswith(FREE_TO_CHANGE)},
     }
 

@@ -2,17 +2,23 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft.arguments import changed_fields
+from mistral_ft.data import PackedDataset, RecordDataset, TrainingCollator
 from mistral_ft.errors import UserError
+from mistral_ft.layers import Seeds
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import IGNORE_INDEX
+
+# Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
+LABELS_AT_ONCE = 2048
 
 # TrainingArguments that cannot act here, each with the reason. Whoever sets one is told instead of ignored.
 REFUSED = {
@@ -41,6 +47,7 @@ class FinetuneArguments(TrainingArguments):
 
     Attributes:
         given: the arguments that the user set, as they were set.
+        recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
     """
 
     output_dir: str | None = "output"
@@ -48,8 +55,9 @@ class FinetuneArguments(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # a loss that is not a number is never hidden
     remove_unused_columns: bool = False
-    bf16: bool | None = None  # default: on a GPU
-    gradient_checkpointing: bool | None = None  # default: on a GPU
+    bf16: bool | None = None  # it says what is so anyway: bfloat16 on a GPU, float32 on a CPU
+    gradient_checkpointing: bool | None = None  # default: as many layers as the GPU's memory asks for
+    dataloader_num_workers: int | None = None  # default: 4 with a GPU, which is faster than pages are read
 
     def __post_init__(self):
         """Raises ValueError, one line for all arguments that cannot act here."""
@@ -57,6 +65,9 @@ class FinetuneArguments(TrainingArguments):
         problems = [
             f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
         ]
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is not None and self.bf16 != on_gpu:
+            problems.append(f"--bf16 {self.bf16}: the base is trained in bfloat16 on a GPU and in float32 on a CPU")
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
         if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
             problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
@@ -66,24 +77,22 @@ class FinetuneArguments(TrainingArguments):
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
             "learning_rate": 0 < self.learning_rate < math.inf,
-            "dataloader_num_workers": self.dataloader_num_workers >= 0,
+            "dataloader_num_workers": self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
             "seed": 0 <= self.seed < 2**32,
         }
         problems += [f"--{name} {getattr(self, name)}: out of range" for name, good in in_range.items() if not good]
         if problems:
             raise ValueError("; ".join(problems))
 
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 is None:
-            self.bf16 = on_gpu
-        # transformers 5.18 gave gradient_checkpointing a new name.
-        new_name = hasattr(self, "activation_checkpointing")
-        checkpointing = self.activation_checkpointing if new_name else None
-        if checkpointing is None:
-            checkpointing = on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing
-        self.gradient_checkpointing = None if new_name else checkpointing
-        if new_name:
-            self.activation_checkpointing = checkpointing
+        # transformers 5.18 gave gradient_checkpointing a new name. The layers are run by this toolkit, not by it.
+        self.recompute = self.gradient_checkpointing
+        self.gradient_checkpointing = None
+        if hasattr(self, "activation_checkpointing"):
+            self.recompute = self.recompute if self.activation_checkpointing is None else self.activation_checkpointing
+            self.activation_checkpointing = None
+        self.bf16 = False  # no autocast: every layer knows its dtype
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 4 if on_gpu else 0
         self.dataloader_pin_memory &= on_gpu
         super().__post_init__()
         # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
@@ -105,8 +114,12 @@ def check_optimizer(args: FinetuneArguments) -> None:
         raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
 
 
+def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
 class FinetuneTrainer(Trainer):
-    """Trains an adapter on batches of `Collator`.
+    """Trains an adapter on batches of `TrainingCollator`.
 
     Args:
         learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
@@ -122,33 +135,42 @@ class FinetuneTrainer(Trainer):
         self.add_callback(ProgressCallback())
         self.add_callback(GradientCheck(self))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
+        self.seeds = Seeds(self.model)
         self.saw_images = False
-        self._tokens: torch.Tensor | int = 0
-        self._logged_at = time.perf_counter()
+        self._tokens = 0
+        self._logged_at: float | None = None
+
+    def use_packs(self, dataset: RecordDataset, packs: Sequence[Sequence[int]], pad_id: int, length: int | None = None):
+        """Train on packs of the dataset's records (see `packing`), filled up to `length` tokens where it is given."""
+        room = None if length is None else max(map(len, packs)) + 1
+        self.train_dataset = PackedDataset(dataset, packs)
+        self.data_collator = TrainingCollator(pad_id, length, room)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        if self._logged_at is None:
+            self._logged_at = time.perf_counter()
+        self._tokens += inputs.pop("num_tokens")
         self.saw_images |= "pixel_values" in inputs
+        self.seeds.draw()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy of the labels, summed and divided by the labels of the whole accumulated batch.
 
-        Logits are computed only at positions that some row of the batch has a label for: with 131,072 ids they would
-        otherwise be the largest tensor of all. Dividing by all labels, and not by those of each micro-batch, makes
-        the gradient the same however a batch is split: https://github.com/huggingface/transformers/pull/34191
+        Logits are computed only where the next token has a label: with 131,072 ids they would otherwise be the largest
+        tensor of all. Dividing by all labels, and not by those of each micro-batch, makes the gradient the same however
+        a batch is split: https://github.com/huggingface/transformers/pull/34191
         """
-        targets = inputs.pop("labels")[:, 1:]  # position t predicts token t + 1
-        positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
-        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-        targets = targets[:, positions]
-        total = F.cross_entropy(
-            outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        positions, labels = inputs.pop("label_positions"), inputs.pop("labels")
+        core = model.get_base_model()
+        hidden = core.model(**inputs, use_cache=False).last_hidden_state[0, positions]
+        targets = labels[0, positions + 1]
+        total = sum(
+            checkpoint(_summed_loss, core.lm_head, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
         )
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != IGNORE_INDEX).sum()
-        loss = total / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
+        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, *args, **kwargs):
         """Trainer's optimizer, its parameter groups split by learning rate."""
@@ -168,7 +190,7 @@ class FinetuneTrainer(Trainer):
         """Add tokens per second (without padding) since the last log, and stop at a loss that is not a number."""
         if "loss" in logs:
             now = time.perf_counter()
-            logs["tokens_per_second"] = round(float(self._tokens) / (now - self._logged_at), 1)
+            logs["tokens_per_second"] = round(self._tokens / (now - self._logged_at), 1)
             self._tokens, self._logged_at = 0, now
             if not math.isfinite(logs["loss"]):
                 raise UserError(

@@ -35,6 +35,7 @@ def test_every_flag_of_train_is_one_of_these():
         "dataset", "images_dir", "max_seq_length", "model_id", "gpu_memory_gib", "lora_rank", "lora_alpha",
         "lora_dropout", "num_lora_modules", "lora_modules_truncate_tail", "lora_modules_truncate_offset", "use_dora",
         "vision_lora", "freeze_vision_tower", "train_projector", "vision_lr", "projector_lr",
+        "packing", "pack_length", "compile",
     }  # fmt: skip
 
 

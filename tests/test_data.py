@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_ft.data import Collator, RecordDataset, count_tokens
+from mistral_ft.data import PackedDataset, PromptCollator, RecordDataset, TrainingCollator, measure_records
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.images import ImageFitter
 from mistral_ft.prompt import PromptEncoder
@@ -15,10 +15,12 @@ PAD = -8  # unlike any id or label, so that a mix-up shows
 
 
 def example(ids, labels, *sizes):
+    """Each image's patches hold its number, from 1."""
     return {
         "input_ids": ids,
         "labels": labels,
-        "pixel_values": [np.full((3, h, w), i + 1, np.float32) for i, (h, w) in enumerate(sizes)],
+        "pixel_values": [np.full((h * w // 196, 588), i + 1, np.float32) for i, (h, w) in enumerate(sizes)],
+        "image_sizes": list(sizes),
     }
 
 
@@ -32,35 +34,66 @@ def fitter():
     return ImageFitter.from_folder(TINY)
 
 
-def test_right_padding_is_literal():
-    batch = Collator(PAD)([example([1, 5, 6], [-100, 5, 6]), example([1, 7], [-100, 7])])
-    assert batch["input_ids"].tolist() == [[1, 5, 6], [1, 7, PAD]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 5, 6], [-100, 7, -100]]
-    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
+def values(batch):
+    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
-def test_left_padding_is_literal():
-    batch = Collator(PAD, "left")([example([1, 5, 6], [-100, 5, 6]), example([1, 7], [-100, 7])])
-    assert batch["input_ids"].tolist() == [[1, 5, 6], [PAD, 1, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 5, 6], [-100, -100, 7]]
+ONE, TWO = example([1, 5, 6], [-100, 5, 6]), example([1, 7], [-100, 7])
 
 
-def test_images_of_several_sizes_are_padded_with_zeros_in_the_order_of_their_records():
-    batch = Collator(PAD)([example([1], [1], (28, 56), (56, 28)), example([1], [1]), example([1], [1], (28, 28))])
-    assert batch["image_sizes"].tolist() == [[28, 56], [56, 28], [28, 28]]
-    assert batch["pixel_values"].shape == (3, 3, 56, 56)
-    assert [page[0, 0, 0].item() for page in batch["pixel_values"]] == [1, 2, 1]
-    assert batch["pixel_values"][0, :, 28:].abs().sum() == 0
-    assert batch["pixel_values"][1, :, :, 28:].abs().sum() == 0
+def test_records_are_laid_end_to_end():
+    expected = {
+        "input_ids": [[1, 5, 6, 1, 7]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "labels": [[-100, 5, 6, -100, 7]],
+        "label_positions": [0, 1, 3],
+        "cu_seq_lens": [0, 3, 5],
+        "max_length": 3,
+        "num_tokens": 5,
+    }
+    assert values(TrainingCollator(PAD)([[ONE, TWO]])) == expected
+    assert values(TrainingCollator(PAD)([[ONE], [TWO]])) == expected
+
+
+def test_a_packed_sequence_is_filled_up_by_a_record_of_its_own():
+    assert values(TrainingCollator(PAD, length=8, max_records=4)([[ONE, TWO]])) == {
+        "input_ids": [[1, 5, 6, 1, 7, PAD, PAD, PAD]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2]],
+        "labels": [[-100, 5, 6, -100, 7, -100, -100, -100]],
+        "label_positions": [0, 1, 3],
+        "cu_seq_lens": [0, 3, 5, 8, 8],
+        "max_length": 8,
+        "num_tokens": 5,
+    }
+
+
+def test_prompts_are_padded_on_the_left():
+    assert values(PromptCollator(PAD)([ONE, TWO])) == {
+        "input_ids": [[1, 5, 6], [PAD, 1, 7]],
+        "attention_mask": [[1, 1, 1], [0, 1, 1]],
+    }
+
+
+@pytest.mark.parametrize("collate", [PromptCollator(PAD), lambda examples: TrainingCollator(PAD)([examples])])
+def test_images_stand_in_the_order_of_their_records(collate):
+    batch = collate([example([1], [1], (28, 56), (56, 28)), example([1], [1]), example([1], [1], (28, 28))])
+    assert batch["image_sizes"] == [(28, 56), (56, 28), (28, 28)]
+    assert batch["pixel_values"][:, 0].tolist() == [1] * 8 + [2] * 8 + [1] * 4
     assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_a_pack_is_the_list_of_its_examples(pages, encoder, fitter):
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
+    packed = PackedDataset(dataset, [[6, 0], [5]])
+    assert len(packed) == 2
+    assert [e["input_ids"] for e in packed[0]] == [dataset[6]["input_ids"], dataset[0]["input_ids"]]
 
 
 def test_examples_of_mixed_rows(pages, encoder, fitter):
     dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
     two, none = dataset[5], dataset[6]
-    assert [page.shape for page in two["pixel_values"]] == [(3, 56, 84), (3, 56, 84)]
+    assert [page.shape for page in two["pixel_values"]] == [(24, 588), (24, 588)]
+    assert two["image_sizes"] == [(56, 84), (56, 84)]
     assert two["input_ids"].count(10) == 12
     assert none["pixel_values"] == []
     assert none["input_ids"].count(10) == 0
@@ -73,11 +106,16 @@ def test_without_answers_nothing_is_labelled(pages, encoder, fitter):
     assert dataset[0]["input_ids"][-1] == 4  # [/INST]
 
 
-def test_every_token_is_counted(pages, encoder, fitter):
+def test_tokens_patches_and_labels_are_counted(pages, encoder, fitter):
     records = read_records([pages / "train.jsonl"])
     dataset = RecordDataset(records, encoder, fitter)
-    lengths = count_tokens(records, encoder, fitter, 1000)
-    assert lengths == [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    sizes = measure_records(records, encoder, fitter, 1000)
+    for number, size in enumerate(sizes):
+        batch = TrainingCollator(PAD)([[dataset[number]]])
+        assert size.tokens == batch["num_tokens"] == batch["input_ids"].shape[1]
+        assert size.labels == len(batch["label_positions"])
+        assert size.patches == len(batch.get("pixel_values", ()))
+    assert [size.patches for size in sizes[:7]] == [32, 24, 24, 32, 24, 48, 0]
 
 
 def test_bad_pages_are_named_by_line_before_training(pages, encoder, fitter):
@@ -86,7 +124,7 @@ def test_bad_pages_are_named_by_line_before_training(pages, encoder, fitter):
     (pages / "7.png").unlink()
     records = read_records([pages / "train.jsonl"])
     with pytest.raises(UserError) as error:
-        count_tokens(records, encoder, fitter, 1000)
+        measure_records(records, encoder, fitter, 1000)
     assert f"{pages / 'train.jsonl'}:4: image {pages / '3.png'} cannot be opened" in str(error.value)
     assert str(error.value).endswith("(and 1 more bad rows, on lines 8)")
     with pytest.raises(RecordError, match=r"train.jsonl:8: image .*7.png does not exist"):
@@ -98,4 +136,4 @@ def test_long_records_are_named_and_never_cut(pages, encoder, fitter):
     rows[2] = row(2, "x " * 100, ["2.png"])
     records = read_records([write_jsonl(pages / "train.jsonl", rows)])
     with pytest.raises(UserError, match=r"train.jsonl:3: 1\d\d tokens \(8 of them for 1 images\) are more than --m"):
-        count_tokens(records, encoder, fitter, 100)
+        measure_records(records, encoder, fitter, 100)

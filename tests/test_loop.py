@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mistral_ft.data import Collator, RecordDataset
+from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.images import ImageFitter
 from mistral_ft.model import load_base
 from mistral_ft.prompt import PromptEncoder
@@ -59,8 +59,7 @@ def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tin
     dataset = RecordDataset(read_records([data]), encoder, ImageFitter.from_folder(TINY), with_answers=False)
     unmerged = PeftModel.from_pretrained(load_base(TINY, torch.device("cpu")), run).eval()
     for i, predicted in enumerate(read_rows(predictions)):
-        batch = Collator(11)([dataset[i]])
-        batch.pop("labels")
+        batch = PromptCollator(11)([dataset[i]])
         ids = unmerged.generate(**batch, max_new_tokens=20, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert encoder.decode(ids[0, batch["input_ids"].shape[1] :].tolist()) == predicted["actual"]
 

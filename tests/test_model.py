@@ -3,20 +3,22 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import Mistral3ForConditionalGeneration
 
 from mistral_ft import model as model_module
-from mistral_ft.data import Collator, RecordDataset
+from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.errors import UserError
-from mistral_ft.images import ImageFitter
-from mistral_ft.model import load_base, pick_device
+from mistral_ft.images import ImageFitter, open_image, to_patches
+from mistral_ft.model import load_base, patch_positions, pick_device
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
+HIDDEN = json.loads((TINY / "config.json").read_text())["text_config"]["hidden_size"]
 SIZES = [[112, 140], [56, 84], [112, 140], [28, 28]]
 
 
@@ -36,63 +38,83 @@ def pixels():
     return torch.randn(4, 3, 112, 140)
 
 
+@pytest.fixture(scope="module")
+def patches(pixels):
+    """The same images as our tower takes them."""
+    cut = [to_patches(image[:, :h, :w].numpy(), 14, 28) for image, (h, w) in zip(pixels, SIZES, strict=True)]
+    return torch.from_numpy(np.concatenate(cut))
+
+
 @pytest.fixture
 def dataset(pages):
     encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
     return RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
 
 
-@pytest.mark.parametrize("at_once", [1, 10**6])
-def test_image_features_equal_those_of_transformers(model, reference, pixels, monkeypatch, at_once):
+@pytest.mark.parametrize("at_once", [1, 100, 10**6])
+def test_image_features_equal_those_of_transformers(model, reference, pixels, patches, monkeypatch, at_once):
     monkeypatch.setattr(model_module, "MAX_TOWER_PATCHES", at_once)
-    ours = model.model.get_image_features(pixels, torch.tensor(SIZES)).pooler_output
+    ours = model.model.get_image_features(patches, SIZES).pooler_output
     theirs = reference.model.get_image_features(pixels, torch.tensor(SIZES)).pooler_output
-    assert [page.shape for page in ours] == [(20, 128), (6, 128), (20, 128), (1, 128)]
+    assert [page.shape for page in ours] == [(20, HIDDEN), (6, HIDDEN), (20, HIDDEN), (1, HIDDEN)]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_equal_those_of_transformers(model, reference, dataset):
-    batch = Collator(11)([dataset[i] for i in (0, 5, 6)])
-    batch.pop("labels")
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, reference(**batch).logits, atol=1e-4, rtol=1e-4)
+    for number in (0, 5, 6):
+        batch = PromptCollator(11)([dataset[number]])
+        with torch.no_grad():
+            ours = model(**batch).logits
+            if paths := dataset.records[number].image_paths:
+                pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path))) for path in paths]
+                sizes = torch.tensor(batch["image_sizes"])
+                batch = batch | {"pixel_values": torch.stack(pages), "image_sizes": sizes}
+            torch.testing.assert_close(ours, reference(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_tower_sees_no_mask_and_no_other_size(model, pixels):
+def test_patches_stand_cell_by_cell():
+    assert patch_positions(2, 4, 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    # Every pixel says where it is: 100 * row + column of its patch.
+    rows, columns = np.divmod(np.arange(28 * 56), 56)
+    pixels = (100 * (rows // 14) + columns // 14).reshape(1, 28, 56).repeat(3, 0)
+    assert to_patches(pixels, 14, 28)[:, 0].tolist() == [0, 1, 100, 101, 2, 3, 102, 103]
+    assert (to_patches(pixels, 14, 28) == to_patches(pixels, 14, 28)[:, :1]).all()
+
+
+def test_the_tower_sees_where_each_page_begins_and_no_mask(model, patches):
     seen = []
     layer = model.model.vision_tower.transformer.layers[0]
     handle = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0].shape[:2], args[1] if len(args) > 1 else None)),
+        lambda module, args, kwargs: seen.append((args[0].shape[:2], args[1], kwargs["cu_seq_lens"].tolist())),
         with_kwargs=True,
     )
-    model.model.get_image_features(pixels, torch.tensor(SIZES))
+    model.model.get_image_features(patches, SIZES)
     handle.remove()
-    assert seen == [((2, 80), None), ((1, 24), None), ((1, 4), None)]
+    assert seen == [((1, 188), None, [0, 80, 104, 184, 188])]
 
 
-def test_frozen_parts_keep_no_graph(pixels):
+def test_frozen_parts_keep_no_graph(patches):
     model = load_base(TINY, CPU).requires_grad_(False)
-    sizes = torch.tensor(SIZES)
-    assert not model.model.get_image_features(pixels, sizes).pooler_output[0].requires_grad
+    assert not model.model.get_image_features(patches, SIZES).pooler_output[0].requires_grad
     model.model.multi_modal_projector.requires_grad_(True)
     tower_output = []
-    model.model.vision_tower.transformer.register_forward_hook(lambda m, a, out: tower_output.append(out))
-    assert model.model.get_image_features(pixels, sizes).pooler_output[0].requires_grad
-    assert not tower_output[0].last_hidden_state.requires_grad
+    last = model.model.vision_tower.transformer.layers[-1]
+    last.register_forward_hook(lambda module, args, output: tower_output.append(output))
+    assert model.model.get_image_features(patches, SIZES).pooler_output[0].requires_grad
+    assert not tower_output[0].requires_grad
     model.model.vision_tower.requires_grad_(True)
-    model.model.get_image_features(pixels, sizes).pooler_output[0].sum().backward()
+    model.model.get_image_features(patches, SIZES).pooler_output[0].sum().backward()
     assert model.model.vision_tower.patch_conv.weight.grad is not None
 
 
 def test_a_left_padded_batch_generates_what_single_rows_do(model, dataset):
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=11, eos_token_id=2)
     dataset.with_answers = False
-    collate = Collator(11, "left")
+    collate = PromptCollator(11)
 
     def generate(rows):
         batch = collate([dataset[i] for i in rows])
-        batch.pop("labels")
         return model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].tolist()
 
     rows = range(len(dataset))

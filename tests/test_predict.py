@@ -1,13 +1,18 @@
 """Predict: every row once, in order, whatever the batches; stopped runs go on; bad rows are named."""
 
 import json
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from peft import PeftModel
 
-from mistral_ft import generation
-from mistral_ft.data import Collator, RecordDataset
+from mistral_ft import decoding
+from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator
+from mistral_ft.decoding import GreedyDecoder, prompt_groups
 from mistral_ft.errors import UserError
 from mistral_ft.generation import PREDICTED, plan_batches
 from mistral_ft.images import ImageFitter
@@ -16,17 +21,16 @@ from mistral_ft.model import load_base
 from mistral_ft.predictions import Predictions
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from tests.conftest import TINY, read_rows, row, write_jsonl
+from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 
 def test_batches_are_of_like_length_longest_first():
-    assert plan_batches([5, 9, 5, 7, 9], 2) == [[1, 4], [3, 0], [2]]
-    assert plan_batches([], 2) == []
+    assert plan_batches([5, 9, 5, 7, 9], 2, 1000) == [[1, 4], [3, 0], [2]]
+    assert plan_batches([], 2, 1000) == []
 
 
-def test_batches_stay_within_the_token_limit_but_have_a_row(monkeypatch):
-    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 20)
-    assert plan_batches([30, 10, 10, 10, 4], 8) == [[0], [1, 2], [3, 4]]
+def test_batches_stay_within_the_token_limit_but_have_a_row():
+    assert plan_batches([30, 10, 10, 10, 4], 8, 20) == [[0], [1, 2], [3, 4]]
 
 
 @pytest.fixture
@@ -94,8 +98,7 @@ def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages,
     merged = load_base(TINY, cpu).eval()
     Adapter(run).merge_into(merged, torch.float32)
     for i in range(8):
-        batch = Collator(11)([dataset[i]])
-        batch.pop("labels")
+        batch = PromptCollator(11)([dataset[i]])
         settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert merged.generate(**batch, **settings).tolist() == unmerged.generate(**batch, **settings).tolist()
 
@@ -105,8 +108,7 @@ def test_confidence_is_the_log_probability_of_the_answers_tokens(pages, run, pre
     encoder = PromptEncoder.from_folder(run)
     record = read_records([pages / "train.jsonl"])[0]
     dataset = RecordDataset([record], encoder, ImageFitter.from_folder(TINY), False)
-    batch = Collator(11)([dataset[0]])
-    batch.pop("labels")
+    batch = PromptCollator(11)([dataset[0]])
     model = load_base(TINY, torch.device("cpu")).eval()
     Adapter(run).merge_into(model, torch.bfloat16)
     length = batch["input_ids"].shape[1]
@@ -209,3 +211,111 @@ def test_a_changed_setting_is_refused_unless_started_over(tmp_path):
     with pytest.raises(UserError, match=r"jsonl.partial is an unfinished run with another model; --overwrite starts"):
         start(tmp_path, model="other")
     assert Predictions(tmp_path / "out.jsonl", SETTINGS | {"model": "other"}, PLAN, overwrite=True).done == {}
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_file(pages, tmp_path):
+    rng = random.Random(0)
+    data = write_jsonl(pages / "many.jsonl", [row(n, "A", [f"{n % 8}.png"] if n % 5 else []) for n in range(300)])
+    command = [sys.executable, "-m", "predict", data, TINY, "--max_new_tokens", "3", "--batch_size", "4"]
+
+    def start(name):
+        return subprocess.Popen([*command, "-o", tmp_path / name], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    assert start("whole.jsonl").wait() == 0
+    partial = tmp_path / "killed.jsonl.partial"
+    kills = 0
+    while kills < 20:
+        process = start("killed.jsonl")
+        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, 2500)
+        while not (partial.exists() and partial.stat().st_size >= enough):
+            assert process.poll() is None, "it was done before it was killed often enough"
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed.jsonl").exists()
+        kills += 1
+    assert start("killed.jsonl").wait() == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert len(read_rows(tmp_path / "killed.jsonl")) == 300
+    assert sorted(path.name for path in tmp_path.glob("*killed*")) == ["killed.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "search", [("--num_beams", 3), ("--temperature", 0.7, "--top_p", 0.9), ("--top_k", 5), ("--num_beams", 1)]
+)
+def test_answers_by_beams_and_samples_repeat(run, predict, search):
+    first = predict(run, "a.jsonl", *search)
+    assert predict(run, "b.jsonl", *search) == first
+    rows = [json.loads(line) for line in first.decode().splitlines()]
+    assert all(-60 < row["confidence"]["sum"] <= 0 for row in rows)
+    assert all(0 < row["confidence"]["tokens"] <= 10 for row in rows)
+
+
+def test_beams_find_likelier_answers_than_greedy_decoding(run, predict):
+    greedy, beams = (
+        [json.loads(line) for line in predict(run, f"{n}.jsonl", "--num_beams", n).decode().splitlines()]
+        for n in (1, 4)
+    )
+    assert [row["actual"] for row in greedy] != [row["actual"] for row in beams]
+    # Longer answers are less likely; compare those of one length.
+    pairs = [(a["confidence"], b["confidence"]) for a, b in zip(greedy, beams, strict=True)]
+    same = [(a["sum"], b["sum"]) for a, b in pairs if a["tokens"] == b["tokens"]]
+    assert same
+    assert all(b >= a - 1e-3 for a, b in same)
+
+
+def test_samples_depend_on_the_seed(run, predict):
+    sampled = {predict(run, f"{seed}.jsonl", "--temperature", 3, "--seed", seed) for seed in (0, 1, 2)}
+    assert len(sampled) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--batch_size", "many"), "--batch_size many: must be a number or auto"),
+        (("--temperature", -1), "--temperature -1: out of range"),
+        (("--top_p", 1.5), "--top_p 1.5: out of range"),
+        (("--num_beams", 0), "--num_beams 0: must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(pages, run_cli, arguments, reason):
+    code, _, err = run_cli("predict", pages / "train.jsonl", TINY, *arguments)
+    assert code == 2
+    assert reason in err
+
+
+def test_a_run_goes_on_with_its_own_batches(tmp_path):
+    start(tmp_path).add({2: row(2), 0: row(0)})
+    again = Predictions(tmp_path / "out.jsonl", SETTINGS, [[0], [1], [2, 3, 4]])
+    assert again.batches_left == [[1, 3], [4]]
+    with pytest.raises(UserError, match="unfinished run with other batches"):
+        Predictions(tmp_path / "out.jsonl", SETTINGS, [[0], [1], [2, 3]])
+
+
+def test_the_greedy_decoder_takes_the_likeliest_token_each_time(pages):
+    """Against the whole model run anew for every token, without any cache."""
+    model = load_base(TINY, torch.device("cpu")).eval()
+    encoder = PromptEncoder.from_folder(TINY)
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, ImageFitter.from_folder(TINY), False)
+    examples = [dataset[number] for number in range(8)]
+    expected = []
+    for example in examples:
+        batch, ids = PromptCollator(11)([example]), []
+        with torch.no_grad():
+            while len(ids) < 6 and 2 not in ids:
+                grown = batch | {"input_ids": torch.tensor([example["input_ids"] + ids])}
+                del grown["attention_mask"]
+                ids.append(model(**grown, use_cache=False).logits[0, -1].argmax().item())
+        expected.append(ids)
+    decoder = GreedyDecoder(load_base(TINY, torch.device("cpu")).eval(), eos=2)
+    groups = [TrainingCollator(11)([examples[:3]]), TrainingCollator(11)([examples[3:]])]
+    for _ in range(2):  # the second time with the cache of the first
+        ids, log_probs = decoder.decode(groups, max_new_tokens=6)
+        assert ids == expected
+        assert [len(row) for row in log_probs] == [len(row) for row in ids]
+
+
+def test_prompts_are_read_in_groups(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PROMPT_TOKENS", 10)
+    assert list(prompt_groups([4, 6, 1, 20, 3])) == [[0, 1], [2], [3], [4]]

@@ -1,18 +1,24 @@
 """The trainer: the right loss, the same gradient however a batch is split, and resuming that changes nothing."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from mistral_ft.arguments import LoraArguments
-from mistral_ft.data import Collator, RecordDataset
+from mistral_ft import training
+from mistral_ft.arguments import LoraArguments, SpeedArguments
+from mistral_ft.data import RecordDataset, RecordSize, measure_records
 from mistral_ft.errors import UserError
-from mistral_ft.images import ImageFitter
+from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.layers import LoraLinear, hashed_dropout
 from mistral_ft.lora import add_adapter, target_modules
 from mistral_ft.model import load_base
+from mistral_ft.preflight import Trial, largest, plan_layers, plan_training
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
 from mistral_ft.training import FinetuneArguments, FinetuneTrainer, check_optimizer
@@ -29,59 +35,195 @@ def dataset(pages):
 
 @pytest.fixture
 def make_trainer(dataset, tmp_path):
-    def make(lora=ALL, **arguments):
+    sizes = measure_records(dataset.records, dataset.encoder, dataset.fitter, 1000)
+
+    def make(lora=ALL, speed=None, **arguments):
         torch.manual_seed(0)
         model = add_adapter(load_base(TINY, torch.device("cpu")), lora, "models/tiny")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide half of the gradients
                 torch.nn.init.normal_(parameter, std=0.02)
         args = FinetuneArguments(output_dir=str(tmp_path / "run"), save_strategy="no", **arguments)
-        return FinetuneTrainer(model=model, args=args, train_dataset=dataset, data_collator=Collator(11))
+        trainer = FinetuneTrainer(model=model, args=args)
+        plan_training(trainer, dataset, sizes, speed or SpeedArguments())
+        return trainer
 
     return make
 
 
-def plain_loss(trainer, rows):
-    """What transformers' own forward says, with all logits."""
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
-    return trainer.model.base_model.model(**batch).loss, batch
+def loss_and_gradients(trainer, packs):
+    """What the trainer makes of these records, laid out as they are told."""
+    trainer.model.zero_grad()
+    batch = trainer.data_collator([[trainer.train_dataset.dataset[number] for number in numbers] for numbers in packs])
+    del batch["num_tokens"]
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_the_loss_at_label_positions_equals_the_plain_one(make_trainer):
+def plain_loss_and_gradients(trainer, numbers):
+    """What transformers and peft themselves make of the records, one by one, with all logits."""
+    model = copy.deepcopy(trainer.model)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = PeftLinear
+    core = model.get_base_model()
+    for layers in (core.model.language_model.layers, core.model.vision_tower.transformer.layers):
+        for layer in layers:
+            del layer.forward
+    core.model.__class__ = Mistral3Model
+    core.config.vision_config._attn_implementation = core.config.text_config._attn_implementation = "sdpa"
+    model.zero_grad()
+    total, count = 0.0, 0
+    for number in numbers:
+        example = trainer.train_dataset.dataset[number]
+        paths = trainer.train_dataset.dataset.records[number].image_paths
+        batch = {"input_ids": torch.tensor([example["input_ids"]])}
+        if paths:
+            fitter = trainer.train_dataset.dataset.fitter
+            batch["pixel_values"] = torch.stack([torch.from_numpy(fitter.pixels(open_image(path))) for path in paths])
+            batch["image_sizes"] = torch.tensor(example["image_sizes"])
+        labels = torch.tensor(example["labels"])
+        logits = model(**batch).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+        count += (labels != -100).sum()
+    loss = total / count
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found, expected, relative=1e-4):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.norm() > 0, name
+        assert (found[1][name] - gradient).norm() <= relative * gradient.norm(), name
+
+
+ROWS = [0, 5, 6, 7]  # a page, two pages, text alone, a system message
+
+
+@pytest.mark.parametrize(
+    ("speed", "packs"),
+    [
+        (SpeedArguments(), [[number] for number in ROWS]),
+        (SpeedArguments(pack_length=400), [ROWS]),
+        (SpeedArguments(pack_length=400), [[7, 5, 0, 6]]),
+    ],
+)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(make_trainer, speed, packs):
+    trainer = make_trainer(speed=speed)
+    assert_same(loss_and_gradients(trainer, packs), plain_loss_and_gradients(trainer, ROWS))
+
+
+def test_layers_computed_twice_change_nothing(make_trainer):
     trainer = make_trainer()
-    expected, batch = plain_loss(trainer, range(8))
-    labels = (batch["labels"] != -100).sum()
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=2 * labels), expected / 2
-    )
+    expected = loss_and_gradients(trainer, [ROWS])
+    again = make_trainer(gradient_checkpointing=True)
+    assert_same(loss_and_gradients(again, [ROWS]), expected, relative=1e-6)
 
 
-def test_logits_are_computed_at_label_positions_only(make_trainer):
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(make_trainer):
+    trainer = make_trainer(speed=SpeedArguments(pack_length=400, compile=True), gradient_checkpointing=True)
+    assert_same(loss_and_gradients(trainer, [ROWS]), plain_loss_and_gradients(trainer, ROWS))
+
+
+def test_losses_of_many_labels_are_summed_in_parts(make_trainer, monkeypatch):
     trainer = make_trainer()
-    _, batch = plain_loss(trainer, [0, 6])
-    _, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
-    positions = (batch["labels"][:, 1:] != -100).any(0).sum()
-    assert outputs.logits.shape[1] == positions < batch["labels"].shape[1] / 2
+    whole = loss_and_gradients(trainer, [ROWS])
+    monkeypatch.setattr(training, "LABELS_AT_ONCE", 3)
+    assert_same(loss_and_gradients(trainer, [ROWS]), whole, relative=1e-5)
 
 
-def test_the_loss_of_a_batch_is_that_of_its_rows(make_trainer):
+def test_the_fill_carries_no_loss(make_trainer):
+    trainer = make_trainer(speed=SpeedArguments(pack_length=400))
+    batch = trainer.data_collator([[trainer.train_dataset.dataset[number] for number in ROWS]])
+    tokens = batch.pop("num_tokens")
+    before = trainer.compute_loss(trainer.model, dict(batch)).item()
+    batch["input_ids"][0, tokens:] = 77
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == before
+
+
+def test_a_loss_is_divided_by_the_labels_of_the_accumulated_batch(make_trainer):
     trainer = make_trainer()
-    total, labels = 0.0, 0
-    for i in range(8):
-        loss, batch = plain_loss(trainer, [i])
-        count = (batch["labels"] != -100).sum()
-        total, labels = total + loss * count, labels + count
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), total / labels, rtol=1e-5, atol=1e-5)
+    batch = trainer.data_collator([[trainer.train_dataset.dataset[0]]])
+    del batch["num_tokens"]
+    labels = len(batch["label_positions"])
+    alone = trainer.compute_loss(trainer.model, dict(batch)).item()
+    assert trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=4 * labels).item() == alone / 4
 
 
-def test_padding_carries_no_loss(make_trainer):
-    trainer = make_trainer()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in (1, 6)])
-    before = trainer.compute_loss(trainer.model, dict(batch))
-    batch["input_ids"][batch["attention_mask"] == 0] = 77
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), before, rtol=1e-6, atol=1e-6)
+def test_dropout_drops_its_share_and_is_drawn_anew():
+    seed = torch.tensor(12345, dtype=torch.int32)
+    x = torch.ones(1000, 500)
+    dropped = hashed_dropout(x, 0.05, seed)
+    assert sorted(dropped.unique().tolist()) == [0, pytest.approx(1 / 0.95)]
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.05, abs=0.002)
+    assert torch.equal(dropped, hashed_dropout(x, 0.05, seed))
+    other = hashed_dropout(x, 0.05, seed + 1)
+    both = ((dropped == 0) & (other == 0)).float().mean().item()
+    assert both == pytest.approx(0.05**2, abs=0.0005)  # as independent draws would
+    columns = (dropped == 0).float().mean(0)
+    assert columns.std().item() == pytest.approx((0.05 * 0.95 / 1000) ** 0.5, rel=0.15)
+
+
+def test_each_lora_layer_has_seeds_of_its_own(make_trainer):
+    trainer = make_trainer(lora=LoraArguments(lora_dropout=0.1))
+    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLinear)]
+    trainer.seeds.draw()
+    seeds = [layer.seed.item() for layer in layers]
+    assert len(set(seeds)) == len(layers) == 21
+    torch.manual_seed(7)
+    trainer.seeds.draw()
+    first = [layer.seed.item() for layer in layers]
+    torch.manual_seed(7)
+    trainer.seeds.draw()
+    assert [layer.seed.item() for layer in layers] == first != seeds
+
+
+class Card:
+    """A GPU of some GiB on which weights take 40 and each layer that is kept takes `each`; offloading saves 5."""
+
+    def __init__(self, gib, each, hidden=0):
+        self.gib, self.each, self.hidden, self.tried = gib, each, hidden, []
+
+    def __call__(self, recomputed, offloaded):
+        kept = max(0, 40 - recomputed - self.hidden)
+        peak = 40 + self.each * kept + (0 if offloaded else 5)
+        self.tried.append((recomputed, offloaded))
+        return Trial(recomputed, offloaded, peak if peak <= self.gib else None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("card", "plan"),
+    [
+        (Card(79, 0.5), (0, False)),  # all fits
+        (Card(79, 1.0), (7, False)),  # 45 + 33 = 78 <= 78.25
+        (Card(79, 1.0, hidden=2), (5, False)),
+        (Card(79, 9.0), (37, False)),  # a 32k record: three layers
+        (Card(47, 1.0), (40, False)),
+        (Card(44.9, 1.0), (40, True)),
+    ],
+)
+def test_the_fastest_plan_that_fits_is_found(card, plan):
+    trials = plan_layers(40, card.gib - 0.75, card)
+    assert trials[-1].peak_gib is not None
+    recomputed, offloaded = plan
+    assert (trials[-1].offloaded, trials[-1].recomputed) == (offloaded, pytest.approx(recomputed, abs=3))
+    assert trials[-1].recomputed >= recomputed
+    assert len(card.tried) <= 6
+
+
+def test_a_card_too_small_for_anything_has_no_plan():
+    assert plan_layers(40, 38.0, Card(39, 1.0))[-1].peak_gib is None
+
+
+def test_the_largest_batches_are_tried():
+    sizes = [RecordSize(10, 0, 9), RecordSize(90, 40, 1), RecordSize(50, 80, 1), RecordSize(20, 0, 3)]
+    assert largest(sizes, [[0], [1], [2], [3]], at_once=1) == [[1], [2], [0]]
+    assert largest(sizes, [[0, 1], [2, 3]], at_once=1) == [[0], [1]]
+    assert largest(sizes, [[0], [1], [2], [3]], at_once=2) == [[1, 2], [0, 3]]
 
 
 def gradients_of_a_step(make_trainer, batch_size, accumulation):
@@ -117,13 +259,6 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(make_trainer):
         for name, gradient in whole.items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_checkpointing_changes_no_gradient(make_trainer):
-    plain, _ = gradients_of_a_step(make_trainer, 4, 1)
-    checkpointed, _ = gradients_of_a_step(lambda **k: make_trainer(gradient_checkpointing=True, **k), 4, 1)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_adapter_learns(make_trainer):
@@ -283,6 +418,42 @@ def test_a_resumed_run_is_an_uninterrupted_one(pages, train_tiny, tmp_path):
     assert losses(resumed) == losses(whole)
     assert len(losses(whole)) == 8
     assert (resumed / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_packed_run_is_resumed_with_the_same_packs(pages, train_tiny, tmp_path):
+    settings = ("--pack_length", 256, "--save_steps", 3, "--max_steps", 7, "--lora_dropout", 0.1)
+    whole = train_tiny(pages / "train.jsonl", *settings)
+    assert json.loads((whole / "run.json").read_text())["pack_length"] == 256
+    stopped = tmp_path / "output" / "stopped"
+    shutil.copytree(whole, stopped)
+    for name in ("checkpoint-6", "checkpoint-7"):
+        shutil.rmtree(stopped / name)
+    resumed = train_tiny(pages / "train.jsonl", *settings, "--resume_from_checkpoint", stopped)
+    assert (resumed / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_packing_trains_every_record_once_an_epoch(pages, train_tiny):
+    run = train_tiny(pages / "train.jsonl", "--packing", True, "--num_train_epochs", 2)
+    steps = json.loads((run / "trainer_state.json").read_text())["global_step"]
+    assert steps == 2 * 2  # four short records of eight to a sequence, at most
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--pack_length", 20), "--pack_length 20: the longest record has"),
+        (("--pack_length", 0), "--pack_length 0: must be at least 1"),
+        (("--packing", False, "--pack_length", 500), "--pack_length has no effect with --packing False"),
+        (("--packing", True, "--per_device_train_batch_size", 2), "use --gradient_accumulation_steps"),
+        (("--bf16", True), "--bf16 True: the base is trained in bfloat16 on a GPU and in float32 on a CPU"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(pages, run_cli, tmp_path, arguments, problem):
+    data = pages / "train.jsonl"
+    code, _, err = run_cli("train", "--model_id", TINY, "--dataset", data, "--output_dir", tmp_path, *arguments)
+    assert code == 2
+    assert problem in err
+    assert list(tmp_path.glob("*-*")) == []
 
 
 def test_a_run_is_not_continued_with_other_data_or_settings(pages, train_tiny, run_cli, tmp_path):

@@ -1,0 +1,159 @@
+"""Prediction speed at full size: this toolkit's predict and the usual loop, in one run.
+
+    python -m bench.random_24b /tmp/24b --tekken tekken_240911.json
+    python -m bench.make_pages /tmp/pages --count 64
+    python -m bench.predict_speed /tmp/24b /tmp/pages/pages.jsonl --gpu_memory_gib 78.5
+
+The usual loop is what scripts with peft do: the adapter unmerged, one record at a time, transformers' own forward and
+generate. Random weights hardly ever end an answer; that each has all its tokens is checked. The limit is 2N FLOP per
+prompt token, what the vision tower's products and attention take at the same rate, and one sweep over the weights per
+step of a batch at 4.3 TB/s.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.train_speed import matmul_peak
+from mistral_ft.arguments import LoraArguments
+from mistral_ft.data import RecordDataset
+from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
+from mistral_ft.images import open_image
+from mistral_ft.lora import add_adapter
+from mistral_ft.model import load_base, pick_device
+from mistral_ft.records import read_records
+from mistral_ft.run_folder import Run
+
+BANDWIDTH = 4.3e12  # bytes per second that an H200 reads
+
+
+def make_adapter(folder: Path, output: Path, device: torch.device):
+    """The base with a random adapter that changes its answers, and the adapter's folder."""
+    from mistral_ft.arguments import DataArguments, ModelArguments, SpeedArguments
+    from mistral_ft.training import FinetuneArguments
+
+    torch.manual_seed(0)
+    model = add_adapter(load_base(folder, device), LoraArguments(), str(folder)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    settings = {
+        "data": DataArguments(dataset=[]), "model": ModelArguments(model_id=str(folder)), "lora": LoraArguments(),
+        "speed": SpeedArguments(), "training": FinetuneArguments(output_dir=str(output)),
+    }  # fmt: skip
+    run = Run.create(output, settings, folder, 0)
+    run.save_adapter(model)
+    return model, run.folder
+
+
+@torch.inference_mode()
+def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> float:
+    """Pages per second; reading pages is not counted, this once."""
+    core = model.get_base_model().model
+    core.__class__ = type(core).__mro__[1]
+    core.config.vision_config._attn_implementation = "sdpa"
+    device, inputs = model.device, []
+    for number in range(count + 1):
+        example, paths = dataset[number], dataset.records[number].image_paths
+        pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path))) for path in paths]
+        inputs.append(
+            {
+                "input_ids": torch.tensor([example["input_ids"]], device=device),
+                "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64, device=device),
+                "pixel_values": torch.stack(pages).to(device, model.dtype),
+                "image_sizes": torch.tensor(example["image_sizes"], device=device),
+            }
+        )
+    settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=11)
+    for number, batch in enumerate(inputs):
+        if number == 1:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        model.generate(**batch, **settings)
+    torch.cuda.synchronize()
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--gpu_memory_gib", type=float)
+    parser.add_argument("--new_tokens", type=int, default=20)
+    parser.add_argument("--usual", type=int, default=12, help="records for the usual loop")
+    args = parser.parse_args()
+    device, peak = pick_device(args.gpu_memory_gib), matmul_peak()
+    records = read_records([args.data])
+
+    with tempfile.TemporaryDirectory() as output:
+        model, folder = make_adapter(args.model, Path(output), device)
+        folders = ModelFolders.find(folder)
+        encoder, fitter = folders.load_prompt()
+        usual = usual_loop(model, RecordDataset(records, encoder, fitter, False), args.usual, args.new_tokens)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+        lengths = page_lengths(records, encoder, fitter)
+        batches = plan(lengths, folders.folder, device, args.new_tokens)
+        started = time.perf_counter()
+        generator = Generator(folders, encoder, fitter, device, args.new_tokens)
+        torch.cuda.synchronize()
+        loading = time.perf_counter() - started
+
+    decoder, parts = generator.decoder, {}
+
+    def timed(name, function):
+        def call(*arguments, **named):
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            result = function(*arguments, **named)
+            torch.cuda.synchronize()
+            parts[name] = parts.get(name, 0.0) + time.perf_counter() - before
+            return result
+
+        return call
+
+    def answer() -> float:
+        before = time.perf_counter()
+        answers = {number: a for part in generator.answer(records, batches) for number, a in part.items()}
+        assert all(len(a.log_probs) == args.new_tokens for a in answers.values()), "an answer ended early"
+        return time.perf_counter() - before
+
+    seconds = answer()
+    # Once more, to see where the time goes: waiting for each part makes it a little slower.
+    core = decoder.model.model
+    core.get_image_features = timed("vision", core.get_image_features)
+    decoder._prepare = timed("cache and graphs", decoder._prepare)
+    decoder._read_prompts = timed("prompts, vision included", decoder._read_prompts)
+    decoder.decode = timed("all but reading pages", decoder.decode)
+    slower = answer()
+
+    text, vision = core.language_model.layers, core.vision_tower.transformer.layers
+    n = sum(p.numel() for p in text.parameters())
+    patches = [
+        4 * sum(r * c for r, c in [fitter.grid(*open_image(p).size) for p in record.image_paths]) for record in records
+    ]
+    width = core.config.vision_config.hidden_size
+    tower = sum(2 * sum(p.numel() for p in vision.parameters()) * k + 4 * k * k * width * len(vision) for k in patches)
+    weights = sum(p.numel() * 2 for p in text.parameters()) + 2 * decoder.model.lm_head.weight.numel()
+    limit = (2 * n * sum(lengths) + tower) / peak + args.new_tokens * len(batches) * weights / BANDWIDTH
+    print(f"\n{torch.cuda.get_device_name()}, matmul peak {peak / 1e12:.0f} TFLOP/s")
+    print(
+        f"{len(records)} records, {sum(lengths):,} prompt tokens, {args.new_tokens} new ones each, "
+        f"{len(batches)} batches of up to {len(batches[0])}"
+    )
+    print(f"usual loop {usual:6.2f} pages/s")
+    print(f"predict    {len(records) / seconds:6.2f} pages/s, {limit / seconds:.1%} of the limit, ", end="")
+    print(f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB, after {loading:.1f} s of loading and merging")
+    print(f"ratio      {len(records) / seconds / usual:6.2f}")
+    print(f"parts of {slower:.1f} s: " + ", ".join(f"{name} {part:.2f} s" for name, part in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

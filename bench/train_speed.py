@@ -1,0 +1,241 @@
+"""Training speed at full size: this toolkit's train, the usual recipe and the GPU's matmul peak, one after the other.
+
+    python -m bench.random_24b /tmp/24b --tekken tekken_240911.json
+    python -m bench.make_pages /tmp/pages --count 64
+    python -m bench.train_speed /tmp/24b /tmp/pages/pages.jsonl --gpu_memory_gib 78.5
+
+The usual recipe is what scripts with peft do today: dropout 0.05, fp32 adapters under autocast, every layer
+checkpointed, all logits, one page a step, transformers' own forward. Tokens are those of records: padding does not
+count. The limit is 4N FLOP per token of a frozen text model of N parameters: 2N forward, 2N for the inputs' gradients.
+With --check it also compares the first loss and the adapter's gradients of both, without dropout.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from mistral_ft.arguments import LoraArguments
+from mistral_ft.data import RecordDataset
+from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.lora import add_adapter
+from mistral_ft.model import load_base, pick_device
+from mistral_ft.preflight import take_over_layers
+from mistral_ft.prompt import PromptEncoder
+from mistral_ft.records import read_records
+from mistral_ft.training import FinetuneArguments, FinetuneTrainer
+
+
+def matmul_peak(size: int = 8192) -> float:
+    """FLOP/s of a square bf16 product."""
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(20):
+        a @ a
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * 2 * size**3 / (start.elapsed_time(end) / 1e3)
+
+
+class UsualRecipe:
+    """transformers' own forward on one record at a time."""
+
+    def __init__(self, folder: Path, data: Path, device: torch.device, dropout: float):
+        self.device = device
+        self.encoder, self.fitter = PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder)
+        self.dataset = RecordDataset(read_records([data]), self.encoder, self.fitter)
+        model = load_base(folder, device)
+        self.our_class, self.our_attention = model.model.__class__, model.config.vision_config._attn_implementation
+        self.dtype = model.dtype
+        self.use_transformers(model)
+        torch.manual_seed(0)
+        self.model = add_adapter(model, LoraArguments(lora_dropout=dropout), str(folder)).train()
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:  # zero at first, which makes half of the gradients zero
+                torch.nn.init.normal_(parameter, std=0.01)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def use_transformers(self, model) -> None:
+        model.model.__class__ = type(model.model).__mro__[1]
+        model.config.vision_config._attn_implementation = "sdpa"
+
+    def inputs(self, number: int) -> dict[str, torch.Tensor]:
+        example = self.dataset[number]
+        pages = [torch.from_numpy(self.fitter.pixels(open_image(p))) for p in self.dataset.records[number].image_paths]
+        batch = {
+            "input_ids": torch.tensor([example["input_ids"]]),
+            "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64),
+            "labels": torch.tensor([example["labels"]]),
+            "pixel_values": torch.stack(pages).to(self.dtype),
+            "image_sizes": torch.tensor(example["image_sizes"]),
+        }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.model(**inputs, use_cache=False).loss
+
+    def measure(self, steps: int) -> tuple[float, float]:
+        """(tokens per second, pages per second); reading pages is not counted, this once."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+        batches = [self.inputs(number % len(self.dataset)) for number in range(steps + 2)]
+        for step, batch in enumerate(batches):
+            if step == 2:
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+            self.loss(batch).backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return sum(batch["input_ids"].numel() for batch in batches[2:]) / seconds, steps / seconds
+
+    def gradients(self, numbers: list[int]) -> tuple[float, torch.Tensor]:
+        """Loss and the adapter's gradients, averaged over the labels of some records."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        labels = [sum(label != -100 for label in self.dataset[number]["labels"]) for number in numbers]
+        total = 0.0
+        for number, count in zip(numbers, labels, strict=True):
+            loss = self.loss(self.inputs(number)) * count / sum(labels)
+            loss.backward()
+            total += loss.item()
+        self.model.gradient_checkpointing_disable()
+        return total, self.take_gradients()
+
+    def our_gradients(self, numbers: list[int], output: Path) -> tuple[float, torch.Tensor]:
+        """The same by this toolkit: packed and compiled, half of the layers computed twice."""
+        core = self.model.get_base_model()
+        core.model.__class__, core.config.vision_config._attn_implementation = self.our_class, self.our_attention
+        trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)))
+        text, _ = take_over_layers(self.model, compiled=True, packing=True)
+        text.recomputed = text.count // 2
+        length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128
+        trainer.use_packs(self.dataset, [numbers], self.encoder.control.pad, length)
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        del batch["num_tokens"]
+        batch = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        loss = trainer.compute_loss(self.model, batch)
+        loss.backward()
+        return loss.item(), self.take_gradients()
+
+    def take_gradients(self) -> torch.Tensor:
+        gradients = torch.cat([p.grad.flatten().double() for p in self.parameters]).cpu()
+        self.model.zero_grad()
+        return gradients
+
+
+def check(folder: Path, data: Path, device: torch.device, fp32: bool) -> None:
+    """Compare losses and gradients: the usual recipe's, ours, and with fp32 those of an fp32 model as the truth."""
+    recipe, numbers = UsualRecipe(folder, data, device, dropout=0.0), [0, 1]
+    found = {"usual recipe": recipe.gradients(numbers), "this toolkit": recipe.our_gradients(numbers, data.parent)}
+    if fp32:
+        del recipe
+        gc.collect()
+        torch.cuda.empty_cache()
+        recipe = UsualRecipe(folder, data, device, dropout=0.0)
+        for parameter in recipe.model.parameters():
+            parameter.data = parameter.data.float()
+        recipe.dtype = torch.float32
+        found["fp32"] = recipe.gradients(numbers)
+    for name, (loss, gradients) in found.items():
+        cosines = [
+            f"{torch.nn.functional.cosine_similarity(gradients, other, dim=0).item():.5f} with {other_name}"
+            for other_name, (_, other) in found.items()
+            if other_name != name
+        ]
+        print(f"{name}: loss {loss:.5f}, cosine of the adapter's gradients {', '.join(cosines)}")
+
+
+class PeakRam(threading.Thread):
+    """Watches how much memory of its own (page cache not counted) a process takes, at most."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.gib = 0.0
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while "RssAnon" in (text := self.status.read_text()):
+                self.gib = max(self.gib, int(text.split("RssAnon:")[1].split()[0]) / 2**20)
+                time.sleep(0.02)
+
+
+def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int, more: list[str]) -> dict[str, float]:
+    """Run train as a user would; its lines are shown with the seconds, and the RAM taken until then, when they came."""
+    with tempfile.TemporaryDirectory() as output:
+        command = [
+            sys.executable, "-m", "train", "--model_id", folder, "--dataset", data, "--output_dir", output,
+            "--max_steps", 4 * steps, "--logging_steps", steps, "--learning_rate", "1e-4", "--save_strategy", "no",
+            *more,
+        ]  # fmt: skip
+        command += ["--gpu_memory_gib", gpu_memory_gib] if gpu_memory_gib else []
+        started = time.perf_counter()
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ram = PeakRam(process.pid)
+        ram.start()
+        for line in process.stdout:
+            print(f"[{time.perf_counter() - started:6.1f} s, {ram.gib:4.1f} GiB] {line}", end="", flush=True)
+            if line.startswith("Peak GPU memory"):
+                peak = float(line.split()[3])
+        if process.wait():
+            sys.exit(f"train ended with {process.returncode}")
+        (state,) = Path(output).glob("*/trainer_state.json")
+        logs = [entry for entry in json.loads(state.read_text())["log_history"] if "tokens_per_second" in entry]
+    rates = [entry["tokens_per_second"] for entry in logs[1:]]  # the first holds what is slow once
+    return {"tokens_per_second": len(rates) / sum(1 / rate for rate in rates), "peak_gib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--gpu_memory_gib", type=float)
+    parser.add_argument("--steps", type=int, default=12, help="steps between two logs; four times as many are trained")
+    parser.add_argument("--runs", type=int, default=2, help="runs of train: the first compiles, later ones need not")
+    parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of speed")
+    parser.add_argument("--fp32", action="store_true", help="with --check: against fp32 too, which takes 110 GiB")
+    parser.add_argument("more", nargs="*", help="further arguments of train, after --")
+    args = parser.parse_args()
+    device = pick_device(args.gpu_memory_gib)
+
+    if args.check:
+        check(args.model, args.data, device, args.fp32)
+        return
+
+    peak = matmul_peak()
+    recipe = UsualRecipe(args.model, args.data, device, dropout=0.05)
+    n = sum(p.numel() for p in recipe.model.get_base_model().model.language_model.layers.parameters())
+    n -= sum(p.numel() for p in recipe.parameters)
+    limit = peak / (4 * n)
+    usual, pages = recipe.measure(2 * args.steps)
+    usual_peak = torch.cuda.max_memory_reserved() / 2**30
+    del recipe
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    for _ in range(args.runs):
+        ours = run_train(args.model, args.data, args.gpu_memory_gib, args.steps, args.more)
+    rate = ours["tokens_per_second"]
+    print(f"\n{torch.cuda.get_device_name()}, matmul peak {peak / 1e12:.0f} TFLOP/s, N = {n / 1e9:.2f} billion")
+    print("             tokens/s   of 4N limit   pages/s   peak GiB")
+    print(f"usual recipe {usual:8,.0f}   {usual / limit:11.1%}   {pages:7.2f}   {usual_peak:8.1f}")
+    print(f"train        {rate:8,.0f}   {rate / limit:11.1%}   {rate * pages / usual:7.2f}   {ours['peak_gib']:8.1f}")
+    print(f"ratio        {rate / usual:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Attention over records, or pages, laid end to end in one sequence: a token sees none but those of its own."""
+
+import inspect
+from itertools import pairwise
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PACKED = "packed"
+# torch 2.11 takes fewer heads of keys and values without being told.
+GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens=None, max_length=None, **kwargs
+):
+    """One of transformers' attention functions: causal where `module.is_causal`, without mask and without dropout.
+
+    Args:
+        query: (1, heads, tokens, head size); key and value may have fewer heads.
+        cu_seq_lens: int32 of shape (records + 1,): where each record starts, and at last the number of tokens.
+        max_length: tokens of the longest record, or more.
+
+    Returns:
+        (1, tokens, heads, head size), and None for the attention weights.
+    """
+    if query.device.type != "cuda":
+        bounds = cu_seq_lens.tolist()
+        parts = [
+            F.scaled_dot_product_attention(
+                *(x[:, :, start:end] for x in (query, key, value)),
+                is_causal=module.is_causal,
+                scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+            for start, end in pairwise(bounds)
+            if end > start
+        ]
+        return torch.cat(parts, 2).transpose(1, 2), None
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    window = (-1, 0 if module.is_causal else -1)
+    attended = varlen_attn(
+        query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window,
+        **(GROUPED_HEADS if key.shape[1] != query.shape[1] else {}),
+    )  # fmt: skip
+    return attended[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -1,0 +1,59 @@
+"""Where the values of a JSON answer stand in its text, and how sure the model was of each."""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def value_spans(text: str) -> dict[str, tuple[int, int]]:
+    """(start, end) of each top-level value of a JSON object in its text; {} for any other text."""
+    decoder, spans = json.JSONDecoder(), {}
+
+    def skip(place: int, wanted: str = "") -> int:
+        place = SPACE.match(text, place).end()
+        if not text.startswith(wanted, place):
+            raise ValueError(f"no {wanted!r} at {place}")
+        return SPACE.match(text, place + len(wanted)).end()
+
+    try:
+        place = skip(0, "{")
+        while not text.startswith("}", place):
+            key, place = decoder.raw_decode(text, place)
+            start = skip(place, ":")
+            _, end = decoder.raw_decode(text, start)
+            if not isinstance(key, str):
+                return {}
+            spans[key] = (start, end)
+            place = skip(end)
+            if not text.startswith("}", place):
+                place = skip(place, ",")
+                if text.startswith("}", place):
+                    return {}  # a trailing comma
+        return spans if skip(place, "}") == len(text) else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def field_confidences(text: str, ends: Sequence[int], log_probs: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Mean and least log-probability of the tokens that overlap each top-level value of a JSON answer.
+
+    Args:
+        ends: where each of the answer's tokens ends in the text.
+        log_probs: of these tokens.
+    """
+    tokens = list(zip([0, *ends], ends, log_probs, strict=False))
+    found = {}
+    for key, (start, end) in value_spans(text).items():
+        own = [prob for first, last, prob in tokens if first < end and last > start]
+        if own:
+            found[key] = {"mean": round(sum(own) / len(own), 4), "min": round(min(own), 4)}
+    return found
+
+
+def token_ends(pieces: Sequence[str]) -> list[int]:
+    """Where each token ends, given the text up to and with each; a token may end within a character."""
+    return list(itertools.accumulate((len(piece) for piece in pieces), max))
