@@ -11,12 +11,16 @@ count as wrong; rows without `expected` cannot be scored and are left out; both 
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 from mistral_ft.confidence import KINDS
 from mistral_ft.errors import ArgumentParser, UserError, run_step
-from mistral_ft.files import atomic_write
+from mistral_ft.files import atomic_write, check_target
 from mistral_ft.metrics import FOLDS
+
+TARGET = 0.99
+EXAMPLES = 60  # wrong rows shown in the report, drawn by lot if there are more
 
 
 def parse_arguments():
@@ -32,97 +36,98 @@ def parse_arguments():
     parser.add_argument(
         "--normalize", nargs="*", choices=FOLDS, default=FOLDS, help="what normalised accuracy folds (default: all)"
     )
-    parser.add_argument(
-        "--confidence", choices=KINDS, default="min", help="which of predict's confidences (default: min)"
-    )
-    parser.add_argument("--target", type=float, default=0.99, help="accuracy wanted without review (default: 0.99)")
+    parser.add_argument("--confidence", choices=KINDS, help=f"which of predict's confidences (default: {KINDS[0]})")
+    parser.add_argument("--target", type=float, help=f"accuracy wanted without review (default: {TARGET})")
     parser.add_argument(
         "--calibrate_on", metavar="OTHER", help="predictions of other records, to learn what a confidence is worth"
     )
     parser.add_argument("--fail_under", type=float, metavar="X", help="exit code 1 if the accuracy is below X")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--report", metavar="FILE", help="write all of it as one HTML page, with plots and examples")
     args = parser.parse_args()
-    outputs = [Path(path).resolve() for path in (args.errors, args.broken) if path]
-    if len({*outputs, *(Path(path).resolve() for path in (args.file, args.compare) if path)}) < (
-        1 + bool(args.compare) + len(outputs)
-    ):
+    inputs = [path for path in (args.file, args.compare, args.calibrate_on) if path]
+    outputs = [check_target(path) for path in (args.errors, args.broken, args.report) if path]
+    if len({Path(path).resolve() for path in (*inputs, *outputs)}) < len(inputs) + len(outputs):
         parser.error("two of the files are the same one")
     if args.broken and not args.compare:
         parser.error("--broken has no effect without --compare")
-    if not 0 < args.target <= 1:
+    if args.images_dir and args.by != "page_size":
+        parser.error("--images_dir has no effect without --by page_size")
+    if args.target is not None and not 0 < args.target <= 1:
         parser.error(f"--target {args.target:g}: must be a share above 0, at most 1")
     if args.fail_under is not None and not 0 <= args.fail_under <= 1:
         parser.error(f"--fail_under {args.fail_under:g}: must be a share between 0 and 1")
     return args
 
 
-def main() -> int:
-    # 1. Arguments.
+def main() -> int | None:
+    # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft import score_output as output  # its libraries are not needed for --help
-    from mistral_ft.scoring import Options, figures, score_file
+    from mistral_ft import score_output as output
+    from mistral_ft.scoring import Options, read_lines, score_file
+    from mistral_ft.summary import describe_comparison, judge_confidence, summarize
 
-    # 2. Rows, summed part by part; wrong ones are written as they are found.
-    images_dir = args.images_dir or Path(args.file).parent
-    options = Options(tuple(args.normalize), args.by, images_dir, bool(args.errors), args.confidence)
-    with atomic_write(args.errors, "wb") if args.errors else contextlib.nullcontext() as wrong:
-        score = score_file(args.file, options, wrong)
-    comparison = None
-    if args.compare:
-        from mistral_ft.comparison import compare
+    # Files appear at the end, if nothing went wrong.
+    with contextlib.ExitStack() as files:
+        # 2. Rows, summed part by part; wrong ones are written as they are found.
+        options = Options(
+            folds=tuple(args.normalize),
+            by=args.by,
+            images_dir=args.images_dir or Path(args.file).parent,
+            keep_wrong=bool(args.errors),
+            keep_pairing=bool(args.compare or args.calibrate_on),
+            examples=EXAMPLES if args.report else 0,
+            confidence=args.confidence or KINDS[0],
+        )
+        score = score_file(
+            args.file, options, files.enter_context(atomic_write(args.errors, "wb")) if args.errors else None
+        )
+        if not score.confidences and (args.calibrate_on or args.confidence or args.target):
+            raise UserError(f"{args.file}: no row has a usable `confidence`, so nothing can be said about review")
+        pairing = Options(keep_pairing=True, confidence=options.confidence)
 
-        comparison = compare(args.compare, args.file)
-        if args.broken:
-            with atomic_write(args.broken) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.broken)
+        # 3. Is it better than another file?
+        comparison = None
+        if args.compare:
+            from mistral_ft.comparison import compare
 
-    if args.calibrate_on and not score.confidences:
-        raise UserError(f"{args.file}: no row has a `confidence`, so --calibrate_on has no effect")
-    sure = judge_confidence(score, args) if score.confidences else None
+            found = compare(score_file(args.compare, pairing), score, (args.compare, args.file))
+            comparison = describe_comparison(found, args.file, args.compare)
+            if args.broken:
+                broken = read_lines(args.file, (row["line"] for row in comparison["broken"]))
+                file = files.enter_context(atomic_write(args.broken))
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in broken)
 
-    # 3. What came out.
-    result = figures(score.totals)
-    slices = {name: figures(totals) for name, totals in score.slices.items()}
+        # 4. What is the confidence worth?
+        confidence = None
+        if score.confidences:
+            other = score_file(args.calibrate_on, pairing) if args.calibrate_on else None
+            target = args.target or TARGET
+            confidence = judge_confidence(score, options.confidence, target, other, args.calibrate_on)
+
+        # 5. What came out, in one object and as text, JSON or page.
+        result = summarize(score, args.by, confidence, comparison)
+        if args.report:
+            from mistral_ft.report import report
+
+            examples = sorted(score.mistakes.examples, key=lambda example: example[1])  # by line
+            page = report(result, args.file, args.normalize, [shown for _, _, shown in examples])
+            files.enter_context(atomic_write(args.report)).write(page)
+
     if args.json:
-        output.print_json(result, slices, comparison, score, sure)
+        output.print_json(result)
     else:
-        output.print_figures(result)
-        output.print_slices(args.by, slices)
-        if sure:
-            output.print_confidence(sure, args.target)
-        if comparison:
-            output.print_comparison(args.compare, comparison)
+        output.print_text(result, args.normalize)
         if args.errors:
-            print(f"{score.totals.count - score.totals.hits} wrong records in {args.errors}")
+            print(f"{result['count'] - result['hits']} wrong records in {args.errors}")
         if args.broken:
-            print(f"{len(comparison.broken)} broken records in {args.broken}")
-    output.name_rows(score)
-    return 1 if args.fail_under is not None and result["accuracy"] < args.fail_under else 0
-
-
-def judge_confidence(score, args) -> dict:
-    """Reliability, calibration error and the share to review, after calibration on another file if one is given."""
-    from mistral_ft.confidence import calibrate, expected_calibration_error, reliability, review_for
-    from mistral_ft.scoring import Options, score_file
-
-    confidences = score.confidences
-    if args.calibrate_on:
-        other = score_file(args.calibrate_on, Options(confidence=args.confidence))
-        if not other.confidences:
-            raise UserError(f"{args.calibrate_on}: no row has a `confidence` to calibrate on")
-        if shared := len(set(score.keys) & set(other.keys)):
-            raise UserError(f"{args.calibrate_on}: shares {shared} records with {args.file}; calibrate on other ones")
-        learned = calibrate(other.confidences, other.right)
-        confidences = [learned(confidence) for confidence in confidences]
-    bins = reliability(confidences, score.right)
-    return {
-        "count": len(confidences),
-        "kind": args.confidence,
-        "calibrated_on": args.calibrate_on,
-        "expected_calibration_error": expected_calibration_error(bins),
-        "bins": [vars(part) for part in bins],
-        "review": vars(review_for(confidences, score.right, args.target)),
-    }
+            print(f"{len(comparison['broken'])} broken records in {args.broken}")
+        if args.report:
+            print(f"Report in {args.report}")
+    output.name_rows(result)
+    if args.fail_under is not None and result["accuracy"] < args.fail_under:
+        print(f"The accuracy is below --fail_under {args.fail_under:g}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def check_target(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder to write {path.name} into")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; give a file")
     return path
 
 

@@ -7,9 +7,10 @@ import json
 import re
 import string
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+from rapidfuzz.distance import LCSseq, Levenshtein
 
 FOLDS = ("nfc", "case", "space")
 
@@ -22,7 +23,7 @@ def is_exact(actual: str, expected: str) -> bool:
 def answer_of(row: dict[str, Any]) -> str | None:
     """A predicted row's answer; None for one with an `error` or without `actual`."""
     actual = row.get("actual")
-    return actual if "error" not in row and isinstance(actual, str) else None
+    return actual if row.get("error") is None and isinstance(actual, str) else None
 
 
 def is_hit(row: dict[str, Any]) -> bool:
@@ -47,8 +48,6 @@ def edit_counts(actual: str, expected: str) -> tuple[int, int, int, int]:
 
     Edits are insertions, deletions and substitutions (Levenshtein). Words are split at white space.
     """
-    from rapidfuzz.distance import Levenshtein
-
     actual, expected = unicodedata.normalize("NFC", actual).strip(), unicodedata.normalize("NFC", expected).strip()
     if actual == expected:
         return 0, len(expected), 0, len(expected.split())
@@ -67,8 +66,6 @@ def anls(actual: str, expected: str, threshold: float = 0.5) -> float:
     1 - NL if NL < threshold, else 0, where NL is the edit distance over the longer length; capitals do not count.
     Biten et al. 2019, "Scene Text Visual Question Answering", equation 1.
     """
-    from rapidfuzz.distance import Levenshtein
-
     distance = Levenshtein.normalized_distance(fold(actual, ("nfc", "case")), fold(expected, ("nfc", "case")))
     return 1 - distance if distance < threshold else 0.0
 
@@ -90,27 +87,57 @@ def token_f1(actual: str, expected: str) -> float:
     ours, theirs = words(actual), words(expected)
     if not ours or not theirs:
         return float(ours == theirs)
-    shared = sum((Counter(ours) & Counter(theirs)).values())
+    shared = LCSseq.similarity(sorted(ours), sorted(theirs))  # of sorted lists: words in both, repeated ones too
     return 2 * shared / (len(ours) + len(theirs))
 
 
-def parse_object(text: str | None) -> dict[str, Any] | None:
-    """The JSON object that a text is, or None."""
-    if not text or not text.lstrip().startswith("{"):
+class Grade(NamedTuple):
+    """How right the answer of one row is; a file's figures are sums of these."""
+
+    hit: bool
+    folded_hit: bool
+    char_edits: int
+    chars: int
+    word_edits: int
+    words: int
+    anls: float
+    token_f1: float
+
+
+def grade(row: dict[str, Any], folds: tuple[str, ...] = FOLDS) -> Grade:
+    """Grade a row with `expected`. Without an answer it is wrong, with every expected character and word missing."""
+    expected, answer = row["expected"], answer_of(row)
+    edits = edit_counts(answer or "", expected)
+    if answer is None:
+        return Grade(False, False, *edits, 0.0, 0.0)
+    if is_exact(answer, expected):
+        return Grade(True, True, *edits, 1.0, 1.0)
+    folded_hit = fold(answer, folds) == fold(expected, folds)
+    return Grade(False, folded_hit, *edits, anls(answer, expected), token_f1(answer, expected))
+
+
+def fields_of(text: str | None) -> dict[str, str] | None:
+    """The fields of a JSON object or list, as {path: value as compact JSON}; None for any other text.
+
+    A path is ("lines.0.price"); numbers that are equal, such as 4 and 4.0, have the same value.
+    """
+    if not text or text.lstrip()[:1] not in ("{", "["):
         return None
     try:
-        data = json.loads(text)
-    except ValueError:
+        return dict(_flatten(json.loads(text, parse_constant=_refuse)))
+    except (ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) else None
 
 
-def flatten(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The fields of a JSON value as (path, value), such as ("lines.0.price", "4.5"); values as compact JSON."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
-    if items is None or not data:
-        value = data.strip() if isinstance(data, str) else data
-        yield path, json.dumps(value, ensure_ascii=False)
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")  # though Python reads NaN and Infinity
+
+
+def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(data, dict | list) and data:
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
         return
-    for key, value in items:
-        yield from flatten(value, f"{path}.{key}" if path else str(key))
+    value = data.strip() if isinstance(data, str) else data
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    yield path, json.dumps(value, ensure_ascii=False)

@@ -1,5 +1,6 @@
 """Score: the first line, rows that count as wrong, the errors file; no torch."""
 
+import itertools
 import json
 import math
 import random
@@ -7,18 +8,28 @@ import re
 import subprocess
 import sys
 from array import array
+from collections import Counter
 
 import jiwer
+import numpy as np
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from mistral_ft import scoring
-from mistral_ft.comparison import compare
-from mistral_ft.confidence import confidence_of, expected_calibration_error, reliability, review_for
+from mistral_ft import scoring, statistics
+from mistral_ft.comparison import Comparison, compare
+from mistral_ft.confidence import (
+    confidence_of,
+    expected_calibration_error,
+    reliability,
+    review_below,
+    risk_coverage,
+    threshold_for,
+)
 from mistral_ft.errors import UserError
-from mistral_ft.metrics import anls, fold, is_exact, is_hit, token_f1
-from mistral_ft.scoring import Options, Totals, figures
+from mistral_ft.metrics import anls, fields_of, fold, grade, is_exact, is_hit, token_f1
+from mistral_ft.mistakes import Common, confusions
+from mistral_ft.scoring import Options, Totals, figures, score_file
 from mistral_ft.statistics import mcnemar, paired_bootstrap, wilson
 from tests.conftest import ROOT, read_rows, row, write_jsonl
 
@@ -43,7 +54,7 @@ def test_the_first_line_and_every_row_that_needs_a_word(tmp_path, run_cli):
     assert lines[-1] == f"4 wrong records in {tmp_path / 'e.jsonl'}"
     assert err.splitlines() == [
         "Rows with an `error` count as wrong: 1 (lines 6)",
-        "Rows without `actual` count as wrong: 1 (lines 7)",
+        "Rows whose `actual` is missing or no string count as wrong: 1 (lines 7)",
         "Rows without `expected` are left out: 1 (lines 8)",
     ]
     assert read_rows(tmp_path / "e.jsonl") == [ROWS[1], ROWS[4], ROWS[5], ROWS[6]]
@@ -80,7 +91,7 @@ def test_score_starts_without_torch(tmp_path):
         "import runpy, sys; sys.argv = ['score.py', sys.argv[1]]\n"
         "try: runpy.run_module('score', run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "p.jsonl"], cwd=ROOT, check=True, capture_output=True)
 
@@ -95,18 +106,27 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
 def test_parts_of_a_large_file_add_up(tmp_path, monkeypatch):
     rows = [ROWS[i % 8] | {"id": i if i else 5} for i in range(200)]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    whole = scoring.score_file(path, Options(by="id"))
+    options = Options(by="id", keep_wrong=True, keep_pairing=True, examples=7)
+    whole = score_file(path, options)
     monkeypatch.setattr(scoring, "CHUNK_BYTES", 997)
     with open(tmp_path / "wrong.jsonl", "wb") as wrong:
-        parts = scoring.score_file(path, Options(by="id", keep_wrong=True), wrong)
-    assert figures(parts.totals) == pytest.approx(figures(whole.totals))
+        parts = score_file(path, options, wrong)
+    assert parts.totals == whole.totals
     assert parts.with_error == whole.with_error == array("q", range(6, 201, 8))
-    assert {k: v.hits for k, v in parts.slices.items()} == {k: v.hits for k, v in whole.slices.items()}
-    assert parts.duplicate_ids == whole.duplicate_ids == 1
+    assert parts.slices == whole.slices
+    assert parts.pairing == whole.pairing
+    assert parts.repeated_ids == whole.repeated_ids == [6]
+    assert parts.mistakes.kinds == whole.mistakes.kinds == {"form": 25, "empty": 25, "error": 25, "unanswered": 25}
+    assert parts.mistakes.words == whole.mistakes.words == Common(Counter({("B", "b"): 25}))
+    assert parts.mistakes.examples == sorted(whole.mistakes.examples, reverse=True)
+    assert [rows[shown["line"] - 1]["id"] for _, _, shown in parts.mistakes.examples] == [
+        int(shown["id"]) for _, _, shown in parts.mistakes.examples
+    ]
+    assert len(parts.mistakes.examples) == 7
     assert read_rows(tmp_path / "wrong.jsonl") == [r for r in rows if r.get("expected") is not None and not is_hit(r)]
     path.write_text(path.read_text() + "{")
     with pytest.raises(UserError, match=r"p.jsonl:201: not one JSON object per line"):
-        scoring.score_file(path, Options())
+        score_file(path, Options())
 
 
 PAIRS = [
@@ -119,7 +139,7 @@ def test_error_rates_equal_those_of_jiwer():
     actual, expected = [a for a, _ in PAIRS], [e for _, e in PAIRS]
     totals = Totals()
     for a, e in PAIRS:
-        totals.add({"expected": e, "actual": a})
+        totals.add(grade({"expected": e, "actual": a}), None, None)
     assert figures(totals)["cer"] == pytest.approx(jiwer.cer(expected, actual))
     assert figures(totals)["wer"] == pytest.approx(jiwer.wer(expected, actual))
 
@@ -169,34 +189,76 @@ def test_wilson_equals_statsmodels(hits, count):
     assert wilson(hits, count) == pytest.approx(proportion_confint(hits, count, method="wilson"), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 12, 24, 10**6])
+def test_no_interval_leaves_its_share_out(count):
+    assert wilson(0, count)[0] == 0
+    assert wilson(count, count)[1] == 1
+
+
 @pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (1, 0), (10, 2), (2, 10), (5, 5), (300, 240)])
 def test_mcnemar_equals_statsmodels(fixed, broken):
     assert mcnemar(fixed, broken) == pytest.approx(statsmodels_mcnemar([[9, fixed], [broken, 9]], exact=True).pvalue)
 
 
-def test_the_bootstrap_interval_holds_what_it_should():
-    # Two models whose errors differ by 10 edits in 100 rows of 10 characters: about 0.01 +- 0.006 for a sum of 100.
-    before, after = [(1, 10)] * 20 + [(0, 10)] * 80, [(1, 10)] * 10 + [(0, 10)] * 90
-    difference, low, high = paired_bootstrap(before, after)
+@pytest.mark.parametrize("most_drawn", [10_000, 500])
+def test_the_bootstrap_interval_holds_what_it_should(monkeypatch, most_drawn):
+    monkeypatch.setattr(statistics, "MOST_DRAWN", most_drawn)
+
+    def model(wrong, rows=1000):  # one edit in each of the first rows, of 10 characters each
+        numerators = np.zeros((rows, 2))
+        numerators[:wrong] = 1
+        return numerators, np.full((rows, 2), 10.0)
+
+    (difference, low, high), second = paired_bootstrap(model(200), model(100))
+    assert second == (difference, low, high)
     assert difference == pytest.approx(-0.01)
-    # The 10 rows that changed are Poisson(10)-like: 5 to 16 of them in 95 % of the draws.
-    assert -0.0175 < low < -0.0145
-    assert -0.0065 < high < -0.004
-    assert paired_bootstrap(before, before) == (0, 0, 0)
+    # 100 rows of 1000 changed, so those drawn are binomial: 100 ± 1.96 · 9.5, over 10,000 characters.
+    assert low == pytest.approx(-0.0119, abs=0.0003)
+    assert high == pytest.approx(-0.0081, abs=0.0003)
+    assert paired_bootstrap(model(20), model(20))[0] == (0, 0, 0)
+
+
+def json_figures(*rows):
+    totals = Totals()
+    for expected, actual in rows:
+        totals.add(grade({"expected": expected, "actual": actual}), fields_of(expected), fields_of(actual))
+    return figures(totals)["json"]
 
 
 def test_fields_of_json_answers():
-    totals = Totals()
-    wanted = '{"number": "A-1", "total": 12.5, "lines": [{"price": 3}, {"price": 4}]}'
-    totals.add({"expected": wanted, "actual": '{"lines":[{"price":3},{"price":5}],"total":12.5,"number":" A-1","x":1}'})
-    totals.add({"expected": wanted, "actual": '{"number": "A-1", "total": '})
-    totals.add({"expected": "plain", "actual": "plain"})
-    result = figures(totals)["json"]
+    wanted = '{"number": "A-1", "total": 12.0, "lines": [{"price": 3}, {"price": 4}]}'
+    result = json_figures(
+        (wanted, '{"lines":[{"price":3},{"price":5}],"total":12,"number":" A-1","x":1}'),
+        (wanted, '{"number": "A-1", "total": '),
+    )
     assert (result["count"], result["valid"]) == (2, 0.5)
-    assert result["fields"] == {"number": 0.5, "total": 0.5, "lines.0.price": 0.5, "lines.1.price": 0.0}
+    assert {path: (part["accuracy"], part["count"]) for path, part in result["fields"].items()} == {
+        "number": (0.5, 2),
+        "total": (0.5, 2),
+        "lines.0.price": (0.5, 2),
+        "lines.1.price": (0.0, 2),
+    }
     assert result["precision"] == 3 / 5  # five fields were answered, three of them right
     assert result["recall"] == 3 / 8
     assert result["f1"] == pytest.approx(2 * 3 / 13)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "", None, "{", "[sic]", '{"a": NaN}', '{"a":' * 10**5, "[" + "9" * 5000 + "]"]
+)
+def test_what_is_no_json(text):
+    assert fields_of(text) is None
+
+
+def test_fields_are_bounded(monkeypatch):
+    monkeypatch.setattr(scoring, "MOST_FIELDS", 2)
+    result = json_figures(('{"a": 1, "b": 2, "c": 3, "d": 4}', '{"a": 1, "c": 3}'))
+    assert {path: (part["accuracy"], part["count"]) for path, part in result["fields"].items()} == {
+        "a": (1.0, 1),
+        "b": (0.0, 1),
+        "(other fields)": (0.5, 2),
+    }
+    assert (result["precision"], result["recall"]) == (1.0, 0.5)
 
 
 def test_slices_worst_first(tmp_path, run_cli):
@@ -226,6 +288,10 @@ def test_slices_by_page_size(pages, tmp_path, run_cli):
     ]
 
 
+def compare_files(first, second) -> Comparison:
+    return compare(*(score_file(path, Options(keep_pairing=True)) for path in (first, second)), (first, second))
+
+
 def predictions(tmp_path, name, answers):
     return write_jsonl(tmp_path / name, [row(i, "right") | {"actual": a} for i, a in enumerate(answers)])
 
@@ -240,7 +306,7 @@ def predictions(tmp_path, name, answers):
     ],
 )
 def test_verdict(tmp_path, before, after, verdict):
-    found = compare(predictions(tmp_path, "a.jsonl", before), predictions(tmp_path, "b.jsonl", after))
+    found = compare_files(predictions(tmp_path, "a.jsonl", before), predictions(tmp_path, "b.jsonl", after))
     assert found.verdict == verdict
     assert found.count == len(before)
 
@@ -251,7 +317,10 @@ def test_comparison_lists_what_changed(tmp_path, run_cli):
     code, out, _ = run_cli("score", after, "--compare", before, "--broken", tmp_path / "broken.jsonl", "--json")
     assert code == 0
     found = json.loads(out)["comparison"]
-    assert (found["fixed"], found["broken"], found["p_value"], found["verdict"]) == ([1], [2], 1.0, "cannot tell")
+    assert (found["p_value"], found["verdict"]) == (1.0, "cannot tell")
+    assert found["fixed"] == [{"line": 2, "other_line": 2, "id": 1}]
+    assert found["broken"] == [{"line": 3, "other_line": 3, "id": 2}]
+    assert found["differences"]["anls"]["verdict"] == "cannot tell"
     assert [r["id"] for r in read_rows(tmp_path / "broken.jsonl")] == [2]
 
 
@@ -259,29 +328,41 @@ def test_rows_are_matched_by_prompt_where_they_have_no_id(tmp_path):
     rows = [{"messages": [{"role": "user", "content": str(i)}], "expected": "a", "actual": "a"} for i in range(3)]
     before = write_jsonl(tmp_path / "a.jsonl", rows)
     after = write_jsonl(tmp_path / "b.jsonl", rows[::-1][:2])
-    found = compare(before, after)
+    found = compare_files(before, after)
     assert (found.count, found.left_out) == (2, 1)
+    rows[0]["actual"] = "b"
+    found = compare_files(write_jsonl(before, rows), after)
+    assert (found.fixed, found.broken) == ([], [])
+    rows[1]["actual"] = "b"
+    assert compare_files(write_jsonl(before, rows), after).fixed == [(2, 2)]
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda rows: [*rows, rows[0]], "a second row with id 0; rows to compare need different ids"),
+        (
+            lambda rows: [*rows, rows[0]],
+            r"b.jsonl:4: has the id \(or, without one, the prompt\) of line 1; rows to compare need different ones",
+        ),
         (lambda rows: [r | {"id": r["id"] + 100} for r in rows], "share no row that can be scored"),
-        (lambda rows: [r | {"expected": "other"} for r in rows], "expect different answers for id 0"),
+        (
+            lambda rows: [r | {"expected": "other"} for r in rows],
+            r"a.jsonl:1 and .*b.jsonl:1 are the same record but expect different answers",
+        ),
     ],
 )
 def test_files_that_cannot_be_compared_are_refused(tmp_path, change, reason):
     before = predictions(tmp_path, "a.jsonl", ["right"] * 3)
     after = write_jsonl(tmp_path / "b.jsonl", change(read_rows(before)))
     with pytest.raises(UserError, match=reason):
-        compare(before, after)
+        compare_files(before, after)
 
 
 def test_fail_under_is_an_exit_code(tmp_path, run_cli):
     path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
     assert run_cli("score", path, "--fail_under", "0.5")[0] == 0
-    assert run_cli("score", path, "--fail_under", "0.51")[0] == 1
+    code, _, err = run_cli("score", path, "--fail_under", "0.51")
+    assert (code, err) == (1, "The accuracy is below --fail_under 0.51\n")
     assert run_cli("score", path, "--fail_under", "90")[0] == 2
     assert run_cli("score", path, "--broken", "x")[0] == 2
 
@@ -311,13 +392,31 @@ def test_confidence_of_a_row():
     assert confidence_of(sure) == pytest.approx(0.4)
     assert confidence_of(sure, "mean") == pytest.approx(0.5)
     assert confidence_of(sure, "sum") == pytest.approx(0.25)
-    assert confidence_of({}) is confidence_of({"confidence": {"min": None}}) is confidence_of({"confidence": 1}) is None
+    assert confidence_of({"confidence": {"min": 1e-9}}) == 1.0
+    assert (
+        confidence_of({"confidence": {"min": -math.inf}}) == confidence_of({"confidence": {"min": -(10**400)}}) == 0.0
+    )
+
+
+@pytest.mark.parametrize("value", [None, "high", math.nan, math.inf, 0.93, 10**400, True, [], {}])
+def test_what_is_no_confidence(value):
+    assert confidence_of({"confidence": {"min": value}}) is None
+    assert confidence_of({"confidence": value}) is None
 
 
 def test_reliability_of_hand_computed_rows():
     bins = reliability([0.9, 0.1, 0.8, 0.2], [1, 0, 0, 1], bins=2)
     assert [(b.count, round(b.confidence, 6), b.accuracy) for b in bins] == [(2, 0.15, 0.5), (2, 0.85, 0.5)]
+    assert (bins[0].low, bins[0].high) == wilson(1, 2)
     assert expected_calibration_error(bins) == pytest.approx(0.35)
+
+
+def test_reliability_does_not_depend_on_the_order_of_rows():
+    bins = reliability([0.5] * 10, [0] * 5 + [1] * 5)
+    assert [(b.count, b.confidence, b.accuracy) for b in bins] == [(10, 0.5, 0.5)]
+    assert expected_calibration_error(bins) == 0
+    assert [b.count for b in reliability([0.5, 0.1, 0.5, 0.5], [1, 1, 0, 0], bins=4)] == [1, 3]
+    assert [b.count for b in reliability([0.5], [1])] == [1]
 
 
 @pytest.mark.parametrize(
@@ -327,16 +426,49 @@ def test_reliability_of_hand_computed_rows():
         ([1, 1, 0, 1], 0.99, 0.5, 1.0),  # all from the wrong one down
         ([1, 1, 0, 1], 0.75, 0.0, 0.75),
         ([0, 1, 1, 1], 0.75, 0.0, 0.75),
-        ([0, 0, 0, 0], 0.5, 1.0, 1.0),
+        ([0, 0, 0, 0], 0.5, 1.0, None),
     ],
 )
 def test_share_to_review(right, target, share, accuracy):
-    found = review_for([0.9, 0.8, 0.7, 0.6], right, target)
+    sure = [0.9, 0.8, 0.7, 0.6]
+    found = review_below(sure, right, threshold_for(sure, right, target))
     assert (found.share, found.accuracy) == (share, accuracy)
 
 
 def test_rows_of_one_confidence_are_reviewed_together():
-    assert review_for([0.9, 0.5, 0.5], [1, 1, 0], 0.99).share == pytest.approx(2 / 3)
+    assert threshold_for([0.9, 0.5, 0.5], [1, 1, 0], 0.99) == 0.9
+    assert review_below([0.9, 0.5, 0.5], [1, 1, 0], 0.9).share == pytest.approx(2 / 3)
+
+
+def test_risk_coverage_of_hand_computed_rows():
+    curve = risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 1])
+    assert curve.coverage == [0.25, 0.5, 0.75, 1.0]
+    assert curve.risk == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
+    assert curve.confidence == [0.9, 0.8, 0.7, 0.6]
+    assert curve.area == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert curve.area_random == 0.25
+    assert curve.area_best == pytest.approx((0 + 0 + 0 + 1 / 4) / 4)
+
+
+def test_answers_of_one_confidence_count_as_in_random_order():
+    sure, right = [0.9, 0.5, 0.5, 0.5, 0.2], [1, 1, 0, 0, 1]
+    curve = risk_coverage(sure, right)
+    assert curve.coverage == [0.2, 0.8, 1.0]
+    areas = []
+    for order in itertools.permutations([1, 0, 0]):
+        wrong = np.cumsum(1 - np.array([1, *order, 1]))
+        areas.append((wrong / np.arange(1, 6)).mean())
+    assert curve.area == pytest.approx(np.mean(areas))
+
+
+def test_a_long_curve_has_about_a_hundred_points():
+    rng = random.Random(0)
+    sure = [rng.random() for _ in range(5000)]
+    curve = risk_coverage(sure, [rng.random() < p for p in sure])
+    assert len(curve.coverage) == len(curve.risk) == len(curve.confidence) == 100
+    assert curve.coverage[0] == 0.01
+    assert (curve.coverage[-1], curve.risk[-1]) == (1.0, pytest.approx(curve.area_random))
+    assert curve.area_best < curve.area < curve.area_random
 
 
 def test_calibration_mends_an_overconfident_model(tmp_path, run_cli):
@@ -364,4 +496,160 @@ def test_calibrating_on_the_same_rows_is_refused(tmp_path, run_cli):
     path, other = write_jsonl(tmp_path / "a.jsonl", sure_rows(20)), write_jsonl(tmp_path / "b.jsonl", sure_rows(5))
     code, _, err = run_cli("score", path, "--calibrate_on", other)
     assert code == 2
-    assert "shares 5 records with" in err
+    assert ": 5 of the records are also in the file to be scored; use other ones" in err
+
+
+def test_ids_that_start_anew_are_no_sign_of_the_same_rows(tmp_path, run_cli):
+    path, others = write_jsonl(tmp_path / "a.jsonl", sure_rows(20)), sure_rows(20)
+    for r in others:
+        r["messages"] = [{"role": "user", "content": "other"}]
+    assert run_cli("score", path, "--calibrate_on", write_jsonl(tmp_path / "b.jsonl", others))[0] == 0
+
+
+def test_the_threshold_learned_elsewhere_is_judged_here(tmp_path, run_cli):
+    def rows(right, first):
+        sure = [0.9, 0.8, 0.7, 0.6]
+        return [
+            row(first + i, "a") | {"actual": "a" if hit else "b", "confidence": {"min": math.log(sure[i])}}
+            for i, hit in enumerate(right)
+        ]
+
+    here = write_jsonl(tmp_path / "a.jsonl", rows([1, 0, 1, 1], 0))
+    other = write_jsonl(tmp_path / "b.jsonl", rows([1, 1, 1, 0], 10))
+    alone = json.loads(run_cli("score", here, "--json")[1])["confidence"]["review"]
+    assert (alone["share"], alone["accuracy"]) == (0.75, 1.0)
+    learned = json.loads(run_cli("score", here, "--json", "--calibrate_on", other)[1])["confidence"]["review"]
+    assert (learned["share"], learned["accuracy"], learned["count"]) == (0.25, 2 / 3, 3)
+    assert learned["threshold"] == pytest.approx(0.7)
+    out = run_cli("score", here, "--calibrate_on", other)[1]
+    assert (
+        "Review the least sure 25.0% (confidence below 0.7000 before calibration), and the rest is 66.7% right" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "characters", "words"),
+    [
+        ("Decree 12", "Decree 17", [("2", "7")], [("12", "17")]),
+        ("Decree 12 on Salt", "Decree on Salt", [], [("12", "")]),
+        ("Decree 12", "Decree No. 12", [], [("", "No.")]),
+        ("modern oil", "modem oil", [("r", "m"), ("n", "")], [("modern", "modem")]),
+        ("yes", "no", [], [("yes", "no")]),  # too unlike for its letters to be misread ones
+        ("", "a", [], [("", "a")]),
+        ("e\u0301tat", "état", [], []),
+        ("x" * 65, "x" * 64 + "y", [("x", "y")], []),  # a word too long to be common
+    ],
+)
+def test_confusions_of_hand_aligned_answers(expected, actual, characters, words):
+    assert confusions(expected, actual) == (characters, words)
+
+
+def test_what_is_rare_is_forgotten_and_said_so(monkeypatch):
+    monkeypatch.setattr(Common, "keep", 2)
+    common = Common()
+    for thing in "aaabbcde":
+        common.merge([thing])
+    assert common.most_common(2) == [("a", 3), ("b", 2)]
+    assert len(common.counts) <= 4
+    assert common.missed == 1  # c, d and e were seen once each when the rarest were dropped
+
+
+def test_wrong_answers_by_kind_and_what_they_confuse(tmp_path, run_cli):
+    rows = [
+        row(0, "Decree 12") | {"actual": "Decree 17"},
+        row(1, "Decree 12") | {"actual": "decree 12"},
+        row(2, "Decree 12") | {"actual": "Decree", "finish_reason": "length"},
+        row(3, "Decree 12") | {"actual": " "},
+        row(4, "Decree 12") | {"actual": "On Salt"},
+        row(5, "Decree 12") | {"error": "x", "actual": "Decree 12"},
+        row(6, "Decree 12") | {"error": None, "actual": "Decree 12"},
+        row(7, "Decree 12"),
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    wrong = json.loads(run_cli("score", path, "--json")[1])["wrong"]
+    assert wrong["kinds"] == {
+        "error": 1, "unanswered": 1, "empty": 1, "length": 1, "form": 1, "near": 1, "different": 1,
+    }  # fmt: skip
+    assert wrong["characters"]["replaced"] == [
+        {"expected": "2", "answered": "7", "count": 1},
+        {"expected": "D", "answered": "d", "count": 1},
+    ]
+    assert wrong["words"]["missing"] == [{"expected": "12", "count": 1}]
+    assert wrong["counts_too_low_by"] == {"characters": 0, "words": 0}
+    out = run_cli("score", path)[1]
+    assert '\nreplaced characters: "2" → "7" ×1, "D" → "d" ×1\nreplaced words: ' in out
+    assert '\nmissing words: "12" ×1\n' in out
+    assert "extra words" not in out
+    assert "\n1  cut off at the length limit: raise predict's --max_new_tokens\n" in out
+    assert "wrong answers" not in run_cli("score", write_jsonl(path, rows[6:7]))[1]
+
+
+def test_rows_without_an_answer_are_worth_nothing():
+    # Not even where the empty answer would score: two texts without words, two empty ones.
+    for expected in ("the", ""):
+        graded = grade({"expected": expected, "error": "image gone"})
+        assert (graded.hit, graded.folded_hit, graded.anls, graded.token_f1) == (False, False, 0, 0)
+
+
+def test_ids_of_any_kind(tmp_path, run_cli):
+    ids = [None, None, 1, "1", 1.5, True, [], {"a": 1, "b": 2}, {"b": 2, "a": 1}, 1]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"id": id, "expected": "a", "actual": "a"} for id in ids])
+    assert run_cli("score", path)[2] == (
+        "Rows with an id that stands in the file before count like any other: 2 (lines 9, 10)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("by", "slices"),
+    [
+        ("meta.tags", ["(none)", '["x", "y"]', '{"z": 1}', "true", r"a\x1b[2J\u202e", "dotted"]),
+        ("meta", ["(none)", '{"tags": ["x", "y"]}', '{"tags": true}', '{"tags": {"z": 1}}']),
+    ],
+)
+def test_slices_by_fields_of_any_kind(tmp_path, run_cli, by, slices):
+    tags = (["x", "y"], {"z": 1}, True, "a\x1b[2J\u202e")
+    rows = [{"expected": "a", "actual": "b", "meta": {"tags": tag}} for tag in tags]
+    rows += [{"expected": "a", "actual": "b", "meta": None}, {"expected": "a", "actual": "b", "meta.tags": "dotted"}]
+    out = run_cli("score", write_jsonl(tmp_path / "p.jsonl", rows), "--by", by)[1]
+    found = [line.split("  ")[0] for line in out[out.index(f"By {by}") :].splitlines()[1:]]
+    assert set(slices) <= set(found)
+
+
+def test_slices_that_say_nothing_are_refused(tmp_path, run_cli, monkeypatch):
+    path = write_jsonl(tmp_path / "p.jsonl", ROWS)
+    assert "--by kin: no row of" in run_cli("score", path, "--by", "kin")[2]
+    monkeypatch.setattr(scoring, "MOST_SLICES", 5)
+    assert "--by id: more than 5 values; slice by a field with fewer" in run_cli("score", path, "--by", "id")[2]
+
+
+def test_messages_that_are_none_have_no_page_size(tmp_path, run_cli):
+    rows = [
+        {"expected": "a", "actual": "b", "messages": messages}
+        for messages in ("text", [1], {"a": 1}, [{"role": "user", "content": [{"type": "image", "image": 3}]}])
+    ]
+    out = run_cli("score", write_jsonl(tmp_path / "p.jsonl", rows), "--by", "page_size")[1]
+    assert out.splitlines()[-1] == "page cannot be opened  0.0000  (0.000 to 0.490)  0/4"
+
+
+def test_flags_that_could_not_act_are_refused(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    other = write_jsonl(tmp_path / "b.jsonl", sure_rows(5, first=10))
+    for flags in (["--target", "0.9"], ["--confidence", "sum"], ["--calibrate_on", other]):
+        code, _, err = run_cli("score", path, *flags)
+        assert code == 2
+        assert err.endswith("a.jsonl: no row has a usable `confidence`, so nothing can be said about review\n")
+    assert (
+        "a.jsonl: no row has a usable `confidence` to calibrate on"
+        in (run_cli("score", other, "--calibrate_on", path)[2])
+    )
+    assert "--images_dir has no effect without --by page_size" in run_cli("score", path, "--images_dir", ".")[2]
+    assert "/dev/null: is a device or a pipe; give a file" in run_cli("score", path, "-e", "/dev/null")[2]
+
+
+def test_nothing_is_written_if_a_later_step_fails(tmp_path, run_cli):
+    path = predictions(tmp_path, "a.jsonl", ["right", "wrong"])
+    other = write_jsonl(tmp_path / "b.jsonl", [row(99, "a") | {"actual": "a"}])
+    code, out, err = run_cli("score", path, "-e", tmp_path / "e.jsonl", "--compare", other)
+    assert (code, out) == (2, "")
+    assert "share no row that can be scored" in err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
