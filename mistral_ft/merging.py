@@ -46,9 +46,7 @@ def find_base(adapter: Adapter, base_model: str | None) -> Path:
     base = find_model_folder(base_model) if base_model else adapter.find_base()
     check_model_folder(base)
     if kind := find_quantization(str(base)):
-        raise UserError(
-            f"{base}: its weights are quantized ({kind}); name the bf16 model it was made from: --base_model"
-        )
+        raise UserError(f"{base}: its weights are quantized ({kind}); give the bf16 model they are from: --base_model")
     return base
 
 
@@ -121,7 +119,8 @@ def merge_weights(shards: list[Shard], folder: Path, updates: dict[str, LayerUpd
         for (shard, key), differs in zip(tasks, pool.map(merge, tasks), strict=True):
             changed += differs
             done += shard.tensors[key].size
-            progress.update(done // 10**6 - progress.done)
+            if step := done // 10**6 - progress.done:
+                progress.update(step)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(torch_threads)

@@ -20,9 +20,7 @@ def check_upload(repo: str, private: bool) -> None:
     if not re.fullmatch(HUB_ID, repo):
         raise UserError(f"--push_to_hub {repo}: give a hub id such as my-name/my-model")
     if get_token() is None:
-        raise UserError(
-            "--push_to_hub: nobody is logged in: set HF_TOKEN to a token with write access, or hf auth login"
-        )
+        raise UserError("--push_to_hub: no token: set HF_TOKEN to one with write access, or run hf auth login")
     api = HfApi()
     with _upload_errors(repo):
         api.whoami()
@@ -33,9 +31,7 @@ def check_upload(repo: str, private: bool) -> None:
         _check_private(repo, info.private, private)
         files = {file.rfilename for file in info.siblings or []} - {".gitattributes", "README.md"}
         if files:
-            raise UserError(
-                f"--push_to_hub {repo}: holds {len(files)} files already, such as {min(files)}; give a new one"
-            )
+            raise UserError(f"--push_to_hub {repo}: holds files already, such as {min(files)}; give a new one")
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
