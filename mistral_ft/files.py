@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their fingerprints."""
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mistral_ft.errors import UserError
+from mistral_ft.errors import DISK_FAULTS, UserError
 
 
 def check_target(path: str | os.PathLike) -> Path:
@@ -48,41 +49,83 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+def check_new_folder(path: str | os.PathLike) -> Path:
+    """The path, links resolved, if a folder can be made there.
+
+    Raises:
+        UserError: if there is something other than an empty folder, or a disk is mounted there.
+    """
+    path = Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder; give a new one")
+    if path.is_mount():
+        raise UserError(f"{path}: is where a disk is mounted and cannot be replaced; give a folder in it")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Make a temporary folder beside `path`; on success fsync its files and rename it to `path`, on failure remove it.
 
+    What a killed process left of an earlier try is removed first.
+
     Raises:
-        OSError: if `path` exists and is not an empty folder.
+        UserError: if `path` is there and no empty folder, or the disk takes no more.
     """
-    path = Path(path)
+    path = check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
-        if not _is_running(int(left.name.split(".")[-3])):
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp"))
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with _lock(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                settle(file)
-        fsync_path(temporary)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    except BaseException:
+        with _lock(temporary):
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    settle(file)
+            fsync_path(temporary)
+            os.replace(temporary, path)
+            fsync_path(path.parent)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        ours = isinstance(error, OSError) and Path(error.filename or temporary).is_relative_to(temporary)
+        if ours and error.errno in DISK_FAULTS:
+            raise UserError(f"{path}: cannot be written, nothing was kept: {error.strerror}") from error
         raise
 
 
-def _is_running(process: int) -> bool:
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which the system lets go when the process dies; False if it cannot be had.
+
+    That is so while another process holds it, and on disks of other machines that know no such locks.
+    """
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
+
+
+def check_free_space(folder: str | os.PathLike, size: int) -> None:
+    """Raises UserError if the disk of `folder` has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{Path(folder).parent}: {size / 1e9:.1f} GB are needed there, but its disk has {free / 1e9:.1f} GB free"
+        )
 
 
 def settle(path: str | os.PathLike) -> None:

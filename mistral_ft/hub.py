@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 from mistral_ft.errors import DISK_FAULTS, UserError
+from mistral_ft.files import read_settings
 
 MODEL_ID = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
 
 # The hub repository also holds the weights a second time, in Mistral's own format; nobody here reads those.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("model*.safetensors",)
+
+HUB_ID = r"[\w.-]+/[\w.-]+"
+LICENSES = {MODEL_ID: "apache-2.0"}  # as its card on the hub says
 
 
 def find_model_folder(model_id: str, weights: bool = True) -> Path:
@@ -23,11 +27,9 @@ def find_model_folder(model_id: str, weights: bool = True) -> Path:
     Raises:
         UserError: if there is no such folder or model, or the hub refuses it or cannot be reached.
     """
-    # An adapter names its base as it was given to train, perhaps relative to this toolkit's folder.
-    for folder in (Path(model_id), Path(__file__).parents[1] / model_id):
-        if folder.is_dir():
-            return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
+    if folder := _local_folder(model_id):
+        return folder
+    if not is_hub_id(model_id):
         raise UserError(
             f"{model_id}: no such folder, and no hub id such as mistralai/Mistral-Small-3.1-24B-Instruct-2503"
         )
@@ -37,6 +39,34 @@ def find_model_folder(model_id: str, weights: bool = True) -> Path:
         raise
     except Exception as error:
         raise _explain(model_id, error) from error
+
+
+def _local_folder(model_id: str) -> Path | None:
+    # An adapter names its base as it was given to train, perhaps relative to this toolkit's folder.
+    folders = (Path(model_id), Path(__file__).parents[1] / model_id)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def is_hub_id(model_id: str) -> bool:
+    """Whether a model's name is a hub id: it looks like one, and there is no such folder."""
+    return _local_folder(model_id) is None and re.fullmatch(HUB_ID, model_id) is not None
+
+
+def find_quantization(model_id: str) -> str | None:
+    """How a model's weights are quantized, as its config.json here or else its name says; None if neither does.
+
+    Nothing is downloaded.
+    """
+    folder = _local_folder(model_id)
+    path = folder / "config.json" if folder else None
+    if folder is None and is_hub_id(model_id):
+        from huggingface_hub import try_to_load_from_cache  # slow to import
+
+        path = try_to_load_from_cache(model_id, "config.json")
+    if isinstance(path, (str, Path)) and os.path.isfile(path):
+        config = read_settings(path).get("quantization_config") or {}
+        return config.get("quant_method")
+    return "4-bit" if re.search(r"(?i)4-?bit", model_id) else None
 
 
 def _download(model_id: str, patterns: tuple[str, ...]) -> str:

@@ -16,7 +16,7 @@ from mistral_ft.arguments import LoraArguments
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 from mistral_ft.hub import find_model_folder
-from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, read_run
 
 TEXT_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = (
@@ -24,11 +24,14 @@ VISION_LAYERS = (
 )
 PROJECTOR = r"model\.multi_modal_projector\.(patch_merger\.merging_layer|linear_[12])"
 
+# What an adapter may hold whole, by the name it has in peft's `modules_to_save`.
+WHOLE_MODULES = {"multi_modal_projector": "model.multi_modal_projector."}
+
 # Settings of an adapter that say how it was made, or that `Adapter` obeys. Any other that is set is refused.
 MERGEABLE_SETTINGS = set(
     "auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_lora_weights layers_pattern "
-    "layers_to_transform lora_alpha lora_dropout alpha_pattern rank_pattern megatron_core peft_type peft_version "
-    "qalora_group_size r revision target_modules task_type use_dora use_rslora".split()
+    "layers_to_transform lora_alpha lora_dropout alpha_pattern rank_pattern megatron_core modules_to_save peft_type "
+    "peft_version qalora_group_size r revision target_modules task_type use_dora use_rslora".split()
 )
 
 
@@ -90,16 +93,50 @@ class LayerUpdate:
     scaling: float
     magnitude: torch.Tensor | None = None
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight it belongs to."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def tensor_count(self) -> int:
+        """How many of the adapter's tensors it holds."""
+        return 2 if self.magnitude is None else 3
+
+    def apply(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """The merged weight, summed in fp32 and rounded once to `weight`'s dtype.
 
-        LoRA (Hu et al. 2021): W + s·BA. DoRA (Liu et al. 2024): m · V / ‖V‖ by row, with V = W + s·BA.
+        LoRA (Hu et al. 2021): W + s·BA. DoRA (Liu et al. 2024): m · V / ‖V‖ by row, with V = W + s·BA. The order of
+        the operations is that of peft's `merge_and_unload`, so that in fp32 both give the same bits.
+
+        Args:
+            weight: the layer's, or only the given rows of it.
+            rows: which of the layer's rows those are.
         """
         device = weight.device
-        merged = weight.float() + self.scaling * (self.lora_B.float().to(device) @ self.lora_A.float().to(device))
+        merged = self.lora_B[rows].float().to(device) @ self.lora_A.float().to(device)
+        merged *= self.scaling
+        merged += weight.float()
         if self.magnitude is not None:
-            merged *= (self.magnitude.float().to(device) / merged.norm(dim=1))[:, None]
+            merged *= (self.magnitude[rows].float().to(device) / merged.norm(dim=1))[:, None]
         return merged.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A whole parameter that an adapter holds instead of the base's (peft's `modules_to_save`)."""
+
+    value: torch.Tensor
+    tensor_count = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return tuple(self.value.shape)
+
+    def apply(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """The parameter, or the given rows of it, in `weight`'s dtype."""
+        return self.value[rows].to(weight)
 
 
 class Adapter:
@@ -120,7 +157,12 @@ class Adapter:
         self.config = read_settings(self.folder / ADAPTER_CONFIG)
         _check_kind(self.folder / ADAPTER_CONFIG, self.config)
         self.base_model: str = self.config["base_model_name_or_path"]
-        self.updates = dict(self._read_updates())
+        # By the name that the parameter has in memory, such as model.language_model.layers.0.mlp.up_proj.weight.
+        self.updates: dict[str, LayerUpdate | Replacement] = {}
+        for name, update in self._read_updates():
+            if name in self.updates:
+                raise UserError(f"{self.folder / ADAPTER_WEIGHTS}: holds two updates of {name}")
+            self.updates[name] = update
 
     def find_base(self, weights: bool = True) -> Path:
         """The base's folder.
@@ -132,6 +174,12 @@ class Adapter:
             return find_model_folder(self.base_model, weights)
         except UserError as error:
             raise UserError(f"{error} (named in {self.folder / ADAPTER_CONFIG})") from None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The run.json of the run that made it; empty if train did not."""
+        folder = find_run_folder(self.folder)
+        return read_run(folder) if (folder / RUN_FILE).is_file() else {}
 
     @staticmethod
     def is_one(folder: str | os.PathLike) -> bool:
@@ -150,48 +198,80 @@ class Adapter:
         """
         for name, update in self.updates.items():
             try:
-                weight = model.get_submodule(name).weight
+                weight = model.get_parameter(name)
             except AttributeError:
-                raise UserError(f"{self.folder}: the base has no layer {name}; is it another model's?") from None
+                raise UserError(f"{self.folder}: the base has no {name}; is it another model's?") from None
             self.check_shape(name, tuple(weight.shape))
             with torch.no_grad():
                 weight.copy_(update.apply(weight.to(dtype)))
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises UserError if the layer's weight has not the shape that the adapter was trained on."""
-        update = self.updates[name]
-        expected = (update.lora_B.shape[0], update.lora_A.shape[1])
+        """Raises UserError if the parameter has not the shape that the adapter was trained on."""
+        expected = self.updates[name].shape
         if shape != expected:
             raise UserError(f"{self.folder}: {name} is {expected} here but {shape} in the base; is it another model's?")
 
-    def _read_updates(self) -> Iterator[tuple[str, LayerUpdate]]:
+    def _read_updates(self) -> Iterator[tuple[str, LayerUpdate | Replacement]]:
         path = self.folder / ADAPTER_WEIGHTS
         layers: dict[str, dict[str, torch.Tensor]] = {}
+        replaced: list[str] = []
+        whole = {module: WHOLE_MODULES[module] for module in self.config.get("modules_to_save") or []}
         try:
             with safe_open(path, "pt") as file:
+                self.tensor_count = len(file.keys())
                 for key in file.keys():  # noqa: SIM118 - it is no dict
-                    match = re.fullmatch(
-                        r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key
-                    )
-                    if not match:
-                        raise UserError(f"{path}: holds {key}, which is no part of a LoRA adapter")
-                    layers.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
+                    tensor = file.get_tensor(key)
+                    if not tensor.isfinite().all():
+                        raise UserError(f"{path}: {key} holds values that are no numbers; the training went wrong")
+                    name = key.removeprefix("base_model.model.")
+                    match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+                    if match and name != key:
+                        layers.setdefault(match[1], {})[match[2]] = tensor
+                    elif memory_name(name).startswith(tuple(whole.values())):
+                        replaced.append(memory_name(name))
+                        yield memory_name(name), Replacement(tensor)
+                    else:
+                        raise UserError(f"{path}: holds {key}, which is no part of an adapter that can be merged")
         except SafetensorError as error:
             raise UserError(f"{path}: broken file: {error}") from error
         if not layers:
-            raise UserError(f"{path}: holds no tensors")
+            raise UserError(f"{path}: holds no LoRA matrices")
+        if missing := [module for module, prefix in whole.items() if not any(n.startswith(prefix) for n in replaced)]:
+            raise UserError(f"{path}: holds nothing for modules_to_save {missing}")
         for name, parts in layers.items():
             if not {"lora_A", "lora_B"} <= parts.keys():
                 raise UserError(f"{path}: {name} has lora_A or lora_B only")
-            rank = parts["lora_A"].shape[0]
-            lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+            lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
             if lora_A.ndim != 2 or lora_B.ndim != 2 or not 0 < lora_A.shape[0] == lora_B.shape[1]:
                 raise UserError(f"{path}: {name}: lora_A and lora_B do not fit together")
-            if not all(part.isfinite().all() for part in parts.values()):
-                raise UserError(f"{path}: {name} holds values that are no numbers; the training went wrong")
+            if magnitude is not None and magnitude.shape != lora_B.shape[:1]:
+                raise UserError(f"{path}: {name}: lora_magnitude_vector does not fit to lora_B")
             alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
+            rank = lora_A.shape[0]
             scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-            yield name, LayerUpdate(parts["lora_A"], parts["lora_B"], scaling, parts.get("lora_magnitude_vector"))
+            yield memory_name(f"{name}.weight"), LayerUpdate(lora_A, lora_B, scaling, magnitude)
+
+
+# How the names of parameters differ between memory and the hub's files, whose order transformers turned around in
+# version 4.52. Adapters saved before that have the hub's names too.
+_RENAMED = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+
+
+def memory_name(name: str) -> str:
+    """A parameter's name in memory, from that or from its name in the hub's files."""
+    new, old = next(((new, old) for new, old in _RENAMED if name.startswith(old)), ("", ""))
+    return new + name.removeprefix(old)
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name in the hub's files, from its name in memory."""
+    new, old = next(((new, old) for new, old in _RENAMED if name.startswith(new)), ("", ""))
+    return old + name.removeprefix(new)
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
@@ -209,6 +289,8 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
     unsupported = [name for name, value in config.items() if value and name not in MERGEABLE_SETTINGS]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
+    if set(config.get("modules_to_save") or ()) - WHOLE_MODULES.keys():
+        unsupported.append("modules_to_save")
     # Initialisations by name, such as PiSSA's, change the base's weights when training starts.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         unsupported.append("init_lora_weights")

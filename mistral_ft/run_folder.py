@@ -17,6 +17,7 @@ from typing import Any
 from mistral_ft.arguments import changed_fields
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_json, read_settings, settle, sha256_file, write_json
+from mistral_ft.model_card import write_model_card
 from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
 
 RUN_FILE = "run.json"
@@ -132,9 +133,12 @@ class Run:
             raise
 
     def save_adapter(self, model: Any) -> None:
-        """Write a peft model's adapter into the folder; adapter_config.json, which makes it one, comes last."""
+        """Write a peft model's adapter and its card into the folder; adapter_config.json, which makes it one, last."""
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.") as temporary:
             model.save_pretrained(temporary)
+            config = read_settings(Path(temporary) / ADAPTER_CONFIG)
+            base = config["base_model_name_or_path"]
+            write_model_card(self.folder, self.folder.name, "peft", base, config, read_run(self.folder))
             for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
                 settle(Path(temporary) / name)
                 os.replace(Path(temporary) / name, self.folder / name)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from mistral_ft import merge_comparison
 from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.images import ImageFitter
+from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
@@ -24,7 +26,7 @@ def data(tmp_path):
     return write_jsonl(tmp_path / "train.jsonl", rows)
 
 
-def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tiny, run_cli, tmp_path):
+def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tiny, run_cli, tmp_path, monkeypatch):
     run = train_tiny(
         data, "--learning_rate", "5e-3", "--num_train_epochs", 60, "--per_device_train_batch_size", 4,
         "--vision_lora", "True", "--train_projector", "True", "--lr_scheduler_type", "cosine", "--save_strategy", "no",
@@ -50,7 +52,10 @@ def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tin
     assert run_cli("score", tmp_path / "s.jsonl")[1].startswith("Accuracy = 0/8 = 0.0000")
 
     # Merged, and unmerged by plain peft, give the same answers, row by row.
-    assert run_cli("merge_lora_weights", run, tmp_path / "merged")[0] == 0
+    merge = run_cli("merge_lora_weights", run, tmp_path / "merged", "--compare_on", data, "--predictions", predictions)
+    assert merge[0] == 0
+    assert f"Compared on 8 records of {data}: 0 answers differ between the adapter unmerged and merged" in merge[1]
+    assert "| accuracy | 8/8 = 1.0000 (95 % interval 0.676 to 1.000) |" in (tmp_path / "merged/README.md").read_text()
     merged = tmp_path / "merged.jsonl"
     assert run_cli("predict", data, tmp_path / "merged", "-o", merged, "--max_new_tokens", 20)[0] == 0
     assert merged.read_bytes() == predictions.read_bytes()
@@ -62,6 +67,14 @@ def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tin
         batch = PromptCollator(11)([dataset[i]])
         ids = unmerged.generate(**batch, max_new_tokens=20, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert encoder.decode(ids[0, batch["input_ids"].shape[1] :].tolist()) == predicted["actual"]
+
+    # The comparison sees a folder that is not base + adapter: here the base itself.
+    monkeypatch.setattr(merge_comparison, "MAX_NEW_TOKENS", 20)
+    comparer = merge_comparison.MergeComparer(read_records([data])[:2], TINY, Adapter(run))
+    comparison = comparer.run(TINY, torch.device("cpu"))
+    assert [pair[0] for pair in comparison.answers] == ["Decree 0 on Salt", "Decree 11 on Bread"]
+    assert all(unmerged != merged for unmerged, merged in comparison.answers)
+    assert comparison.logit_difference > 1
 
 
 def test_the_sample_is_what_its_script_draws(tmp_path, monkeypatch):

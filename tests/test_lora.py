@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mistral_ft.errors import UserError
-from mistral_ft.lora import TEXT_LAYERS, Adapter
+from mistral_ft.lora import Adapter, LayerUpdate
+from mistral_ft.merging import row_blocks
 from mistral_ft.model import load_base
+from tests.adapters import VARIANTS, make_adapter
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -17,53 +19,44 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def save_adapter(tmp_path):
-    """Save a random adapter of the embedded base: save_adapter(**LoraConfig settings) -> folder."""
-
-    def save(**settings):
-        torch.manual_seed(1)
-        settings = {"r": 4, "lora_alpha": 6, "target_modules": TEXT_LAYERS} | settings
-        model = get_peft_model(load_base(TINY, CPU), LoraConfig(**settings))
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-            elif "magnitude" in name:
-                parameter.data *= 1.5
-        model.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter"
-
-    return save
+    return lambda **settings: make_adapter(tmp_path / "adapter", **settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 9, "layers.0.*": 3}},
-        {"target_modules": r".*vision_tower.*\.q_proj|.*multi_modal_projector\.linear_1"},
-    ],
-)
-def test_merge_equals_that_of_peft(save_adapter, settings):
-    folder = save_adapter(**settings)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merge_equals_that_of_peft_in_every_bit(save_adapter, variant):
+    folder = save_adapter(**VARIANTS[variant])
     expected = PeftModel.from_pretrained(load_base(TINY, CPU), folder).merge_and_unload().state_dict()
     model = load_base(TINY, CPU)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Adapter(folder).merge_into(model, torch.float32)
     changed = 0
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+        assert torch.equal(tensor, expected[name]), name
         changed += not torch.equal(tensor, base[name])
     assert changed == len(Adapter(folder).updates) > 0
+
+
+@pytest.mark.parametrize("rank", [1, 16, 300])
+def test_rows_by_themselves_give_the_bits_of_the_whole(rank):
+    torch.manual_seed(0)
+    weight = torch.randn(2500, 3000).bfloat16()
+    update = LayerUpdate(torch.randn(rank, 3000), torch.randn(2500, rank), 0.37, torch.rand(2500))
+    whole = update.apply(weight)
+    blocks = list(row_blocks(weight))
+    assert [(rows.start, rows.stop) for rows in blocks] == [
+        (0, 357), (357, 714), (714, 1071), (1071, 1428), (1428, 1785), (1785, 2142), (2142, 2500),
+    ]  # fmt: skip
+    for rows in blocks:
+        assert torch.equal(update.apply(weight[rows], rows), whole[rows])
 
 
 def test_the_result_is_rounded_once_to_the_checkpoint_type(save_adapter):
     adapter = Adapter(save_adapter())
     model = load_base(TINY, CPU)
     name, update = next(iter(adapter.updates.items()))
-    exact = model.get_submodule(name).weight + 1.5 * (update.lora_B @ update.lora_A)
+    exact = model.get_parameter(name) + 1.5 * (update.lora_B @ update.lora_A)
     adapter.merge_into(model, torch.bfloat16)
-    assert torch.equal(model.get_submodule(name).weight, exact.bfloat16().float())
+    assert torch.equal(model.get_parameter(name), exact.bfloat16().float())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +83,36 @@ def test_a_tensor_that_is_no_part_of_lora_is_refused(save_adapter):
     folder = save_adapter()
     weights = load_file(folder / "adapter_model.safetensors")
     save_file(weights | {"lm_head.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"holds lm_head.weight, which is no part of a LoRA adapter"):
+    with pytest.raises(UserError, match=r"holds lm_head.weight, which is no part of an adapter that can be merged"):
+        Adapter(folder)
+
+
+def test_a_projector_that_is_promised_but_missing_is_refused(save_adapter):
+    folder = save_adapter(modules_to_save=["multi_modal_projector"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "projector" not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds nothing for modules_to_save \['multi_modal_projector'\]"):
+        Adapter(folder)
+
+
+@pytest.mark.parametrize("variant", ["dora, all parts, rsLoRA", "modules_to_save"])
+def test_names_from_before_transformers_4_52_are_understood(save_adapter, variant):
+    folder = save_adapter(**VARIANTS[variant])
+    new = Adapter(folder).updates
+    weights = load_file(folder / "adapter_model.safetensors")
+    old = {
+        name.replace("model.model.language_model.", "model.language_model.model.")
+        .replace("model.model.vision", "model.vision")
+        .replace("model.model.multi", "model.multi"): tensor
+        for name, tensor in weights.items()
+    }
+    assert not old.keys() & weights.keys()
+    save_file(old, folder / "adapter_model.safetensors")
+    assert Adapter(folder).updates.keys() == new.keys()
+    twice = {name: tensor.clone() for name, tensor in (old | weights).items()}
+    save_file(twice, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds two updates of model."):
         Adapter(folder)
 
 
@@ -127,7 +149,7 @@ def test_another_models_adapter_is_refused(save_adapter):
     weights = load_file(folder / "adapter_model.safetensors")
     other = {name.replace("layers.2", "layers.39"): tensor for name, tensor in weights.items()}
     save_file(other, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"the base has no layer model.language_model.layers.39.*another model's"):
+    with pytest.raises(UserError, match=r"the base has no model.language_model.layers.39.*another model's"):
         Adapter(folder).merge_into(load_base(TINY, CPU), torch.float32)
     wide = {name: torch.ones(4, 999) if "lora_A" in name else tensor for name, tensor in weights.items()}
     save_file(wide, folder / "adapter_model.safetensors")

@@ -1,0 +1,123 @@
+"""Merge a full-size adapter, against a plain copy of the same bytes: seconds of both, and the merge's peak memory.
+
+    python -m bench.merge_speed WORK_FOLDER [--layers 40] [--device cuda] [--rank 16]
+
+Makes a base of 48 GB with random weights and an adapter of the given rank on all linear layers of its text model,
+copies the base (and deletes the copy again), then runs merge_lora_weights with its proof. Both sides read the base from
+wherever the system keeps it after it was written, and both end with their bytes on the disk. Needs 100 GB of disk in
+WORK_FOLDER, and leaves the base, the adapter and the merged folder there.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bench.random_24b import config_24b
+from mistral_ft.files import fsync_path
+from mistral_ft.lora import TEXT_LAYERS, memory_name
+from mistral_ft.shards import read_checkpoint
+from models.tiny.build import write_weights
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "models/tiny"
+
+
+def write_base(folder: Path, layers: int, device: str) -> None:
+    """Random weights, with the embedded base's tokenizer and processor files, which a merge only copies and loads."""
+    folder.mkdir(parents=True)
+    for path in TINY.glob("*.json"):
+        if not path.name.startswith("model"):
+            shutil.copyfile(path, folder / path.name)
+    write_weights(folder, config_24b(layers), seed=0, max_shard_size="5GB", device=device)
+
+
+def write_adapter(folder: Path, base: Path, rank: int) -> None:
+    """A random adapter whose change is of the size of the weights' last digits, as a trained one's."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(1)
+    tensors = {}
+    for shard in read_checkpoint(base):
+        for key, span in shard.tensors.items():
+            module = memory_name(key).removesuffix(".weight")
+            if re.fullmatch(TEXT_LAYERS, module):
+                tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, span.shape[1]) * 0.01
+                tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(span.shape[0], rank) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": 2 * rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": TEXT_LAYERS}))
+
+
+def copy(source: Path, target: Path) -> None:
+    """A plain copy whose bytes are on the disk at the end."""
+    target.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)
+    for path in target.iterdir():
+        fsync_path(path)
+
+
+def merge(adapter: Path, target: Path) -> tuple[int, int]:
+    """Merge in a process of its own; its peak memory in KiB: anonymous, and with the files it maps."""
+    command = [sys.executable, "-m", "merge_lora_weights", str(adapter), str(target)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    anonymous = resident = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        sizes = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}
+        anonymous = max(anonymous, sizes.get("RssAnon", 0))
+        resident = max(resident, sizes.get("VmRSS", 0))
+        time.sleep(0.02)
+    if process.wait() or not anonymous:
+        sys.exit(f"the merge ended with code {process.returncode}")
+    return anonymous, resident
+
+
+def timed(what: str, size: int, function, *arguments):
+    """Run it, print seconds and speed, and return (seconds, result)."""
+    os.sync()  # what was written before is not to be waited for here
+    started = time.perf_counter()
+    result = function(*arguments)
+    seconds = time.perf_counter() - started
+    print(f"{what}: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s", flush=True)
+    return seconds, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--layers", type=int, default=40, help="text layers, for a smaller cut")
+    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    work = args.work.resolve()
+    base, adapter, copied, merged = (work / name for name in ("base", "adapter", "copy", "merged"))
+
+    started = time.perf_counter()
+    write_base(base, args.layers, args.device)
+    write_adapter(adapter, base, args.rank)
+    size = sum(path.stat().st_size for path in base.iterdir())
+    seconds, shards = time.perf_counter() - started, len(list(base.glob("*.safetensors")))
+    print(f"{size / 1e9:.1f} GB in {shards} shards made in {seconds:.0f} s; rank {args.rank}, {os.cpu_count()} cores")
+
+    copy_seconds, _ = timed("copy", size, copy, base, copied)
+    shutil.rmtree(copied)
+    merge_seconds, (anonymous, resident) = timed("merge and proof", size, merge, adapter, merged)
+    print(f"ratio {merge_seconds / copy_seconds:.2f}")
+    print(f"peak anonymous memory {anonymous / 2**20:.2f} GiB, with mapped files {resident / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Base + adapter, unmerged as peft runs them, against the merged folder: the same records, answered by both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from mistral_ft.data import PromptCollator, RecordDataset
+from mistral_ft.errors import UserError
+from mistral_ft.images import ImageFitter
+from mistral_ft.lora import Adapter
+from mistral_ft.model import load_base
+from mistral_ft.progress import Progress
+from mistral_ft.prompt import PromptEncoder
+from mistral_ft.records import Record
+from mistral_ft.run_folder import ADAPTER_WEIGHTS
+
+MAX_NEW_TOKENS = 300  # as predict's default
+
+
+@dataclass
+class MergeComparison:
+    """What both models answered.
+
+    Attributes:
+        answers: of each record, in their order: (unmerged, merged).
+        logit_difference: the largest between two logits of the same token after the same prompt and answer so far.
+        logit_range: smallest and largest logit that the unmerged model gave.
+    """
+
+    answers: list[tuple[str, str]]
+    logit_difference: float
+    logit_range: tuple[float, float]
+
+    def print(self, name: str) -> None:
+        """Say how many answers of the file `name` differ, and which."""
+        differing = [(number, *pair) for number, pair in enumerate(self.answers, 1) if pair[0] != pair[1]]
+        print(
+            f"Compared on {len(self.answers)} records of {name}: {len(differing)} answers differ between the adapter "
+            f"unmerged and merged; largest logit difference {self.logit_difference:.4g}, of logits from "
+            f"{self.logit_range[0]:.4g} to {self.logit_range[1]:.4g}"
+        )
+        for number, unmerged, merged in differing:
+            same = _equal_length(unmerged, merged)
+            ends = [repr(answer[same : same + 40]) for answer in (unmerged, merged)]
+            print(f"record {number}: after {same} equal characters, unmerged {ends[0]}, merged {ends[1]}")
+
+
+def _equal_length(first: Sequence, second: Sequence) -> int:
+    """How many items two sequences have in common at their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class MergeComparer:
+    """Answers records with an adapter unmerged, and with the merged model.
+
+    Raises:
+        UserError: if the image of a record cannot be opened.
+    """
+
+    def __init__(self, records: Sequence[Record], base: Path, adapter: Adapter):
+        self.base, self.adapter = base, adapter
+        self.encoder = PromptEncoder.from_folder(base)
+        self.dataset = RecordDataset(records, self.encoder, ImageFitter.from_folder(base), with_answers=False)
+        for index in range(len(records)):
+            self.dataset[index]  # opens its pages
+
+    def run(self, merged: Path, device: torch.device) -> MergeComparison:
+        """Answer with one model after the other, so that memory holds one at a time.
+
+        Raises:
+            UserError: if peft does not load the adapter as it is in its file.
+        """
+        unmerged = PeftModel.from_pretrained(load_base(self.base, device), self.adapter.folder)
+        self._check_loaded(unmerged)
+        first = self._answer(unmerged, device, "answering, unmerged")
+        del unmerged
+        second = self._answer(load_base(merged, device), device, "answering, merged")
+
+        difference, low, high = 0.0, float("inf"), float("-inf")
+        for (ids, logits), (other_ids, other_logits) in zip(first, second, strict=True):
+            # Once one token differs, the prompts of the next ones do.
+            steps = min(_equal_length(ids, other_ids) + 1, len(ids), len(other_ids))
+            difference = max(difference, (logits[:steps] - other_logits[:steps]).abs().max().item())
+            low, high = min(low, logits.min().item()), max(high, logits.max().item())
+        decode = self.encoder.decode
+        answers = [(decode(ids), decode(other_ids)) for (ids, _), (other_ids, _) in zip(first, second, strict=True)]
+        return MergeComparison(answers, difference, (low, high))
+
+    @torch.inference_mode()
+    def _answer(self, model: nn.Module, device: torch.device, what: str) -> list[tuple[list[int], torch.Tensor]]:
+        """The ids of each answer, greedily, and the logits that they were taken from, (tokens, vocabulary) in fp32."""
+        control = self.encoder.control
+        collate = PromptCollator(control.pad)
+        progress = Progress(what, len(self.dataset), "row")
+        answers = []
+        for index in range(len(self.dataset)):
+            batch = collate([self.dataset[index]])
+            batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+            output = model.eval().generate(
+                **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, bos_token_id=control.bos,
+                eos_token_id=control.eos, pad_token_id=control.pad, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            ids = output.sequences[0, batch["input_ids"].shape[1] :].tolist()
+            answers.append((ids, torch.cat(output.logits).float().cpu()))
+            progress.update()
+        progress.close()
+        return answers
+
+    def _check_loaded(self, model: PeftModel) -> None:
+        """peft passes over tensors whose names it does not know, which would compare the base."""
+        path = self.adapter.folder / ADAPTER_WEIGHTS
+        loaded, stored = get_peft_model_state_dict(model), load_file(path)
+        same = loaded.keys() == stored.keys() and all(
+            torch.equal(loaded[key].float().cpu(), stored[key].float()) for key in stored
+        )
+        if not same:
+            raise UserError(f"{path}: peft does not load this adapter as it is, so there is nothing to compare with")
