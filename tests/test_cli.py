@@ -220,7 +220,7 @@ def test_a_gated_model_without_a_token(pages, tmp_path):
 
 def documented_commands() -> list[str]:
     """Every `python -m step …` in the documents and scripts, continued lines joined."""
-    text = "".join(path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*.py")])
+    text = "".join(path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.py")])
     text = re.sub(r"\\\n\s*", " ", text)
     return sorted(set(re.findall(rf"^ *(?:\$ )?(python -m (?:{'|'.join(STEPS)}) [^\n#]*)", text, re.MULTILINE)))
 
