@@ -90,8 +90,8 @@ def test_merged_folder_loads_without_peft_and_is_the_base_plus_the_adapter(run, 
     assert out == (
         f"Merged 59 of 81 tensors of {TINY} into {tmp_path / 'merged'}\n"
         "Proven by reading it again: each of the adapter's 118 tensors is used once; 59 tensors equal base + adapter "
-        "in every bit (59 differ from the base), the other 22 equal the base; config, index, tokenizer and page settings "
-        "load\n"
+        "in every bit (59 differ from the base), the other 22 equal the base; config, index, tokenizer and page "
+        "settings load\n"
     )
 
     base, merged = read_weights(TINY), read_weights(tmp_path / "merged")
