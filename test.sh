@@ -11,4 +11,5 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
-HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 "$@"
+# One thread for each of the two workers: more than there are cores wait for each other.
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 "$@"
