@@ -318,15 +318,14 @@ function cancel() {
 async function saveEdit() {
   const { row } = state.record;
   const text = $("edited").value;
-  state.drafts.set(row, text);
-  const draft = text;
   state.drafts.delete(row);
   if (await decide({ reviewed: true, expected: text }, "Saved.")) {
     closeEditor();
     $("list").focus();
   } else {
-    state.drafts.set(row, draft);
-    if (state.record?.row === row) openEditor(draft);
+    // Not on the disk: the text stays in the editor.
+    state.drafts.set(row, text);
+    if (state.record?.row === row) openEditor(text);
   }
 }
 

@@ -59,7 +59,7 @@ export function showScores(scores, mistakes, filter) {
         ? h("p", { class: "faint" }, `${count(scores.rows.without_expected)} rows without an expected answer left out.`)
         : null,
     ),
-    table("How far off", ["", "", ""], RATES.map(([key, name, what]) => [name, number(scores[key]), what])),
+    table("How far off", ["", ""], RATES.map(([key, name, what]) => [h("span", { title: what }, name), number(scores[key])])),
     table(
       "Kinds of mistakes",
       ["", "rows"],
@@ -86,7 +86,7 @@ export function showScores(scores, mistakes, filter) {
               ["McNemar p", other.p_value.toPrecision(4)],
               ...Object.entries(other.differences).map(([name, change]) => [
                 name,
-                `${change.difference >= 0 ? "+" : ""}${change.difference.toFixed(4)} (${change.low.toFixed(4)} to ${change.high.toFixed(4)}) ${change.verdict}`,
+                `${change.difference >= 0 ? "+" : ""}${change.difference.toFixed(3)} (${change.low.toFixed(3)} to ${change.high.toFixed(3)}) ${change.verdict}`,
               ]),
             ],
           ),
