@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import anyio
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -85,6 +86,7 @@ class ReviewApp:
             lifespan=lifespan,
             exception_handlers={
                 HTTPException: lambda request, error: answer({"error": error.detail}, error.status_code),
+                ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody is there to read it
                 # What is wrong with a file or a record, in one line.
                 RecursionError: lambda request, error: answer({"error": "nested too deeply to be shown"}, 422),
                 ValueError: lambda request, error: answer({"error": str(error)}, 422),
@@ -349,7 +351,7 @@ async def body_of(request: Request) -> dict[str, Any]:
 def int_of(request: Request, name: str, default: int, most: int = 2**62) -> int:
     """A parameter that is a number from 0 on."""
     text = request.query_params.get(name, str(default))
-    if not text.isascii() or not text.lstrip("-").isdecimal() or len(text) > 18:
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
         raise HTTPException(400, f"`{name}` must be a number")
     return min(int(text), most) if int(text) >= 0 else default
 
