@@ -281,7 +281,7 @@ class ReviewApp:
             "row": row, "line": int(entry["line"]), "id": text_of(data.get("id")), **self._state(row),
             "expected": snippet(data.get("expected")), "actual": snippet(answer_of(data)),
             "error": snippet(data.get("error")), "confidence": number_of(entry["confidence"]),
-            "cer": number_of(entry["cer"]) if self.desk.index.predicted else None,
+            "cer": number_of(entry["cer"]) if self.desk.index.predicted else None, "images": len(image_names(data)),
         }  # fmt: skip
 
     def _state(self, row: int) -> dict[str, Any]:

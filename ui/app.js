@@ -52,7 +52,8 @@ const state = {
   undo: [], // what your decisions replaced: {row, generation, name, before, version}
   drafts: new Map(), // unsaved texts by row
 };
-let ticket = 0;
+let ticket = 0; // of the newest request for a row
+let moves = 0; // how often another row was chosen
 
 const list = new RowList((place) => go(place));
 const pages = new Pages();
@@ -85,8 +86,9 @@ async function relist(keep = true) {
   $("total").textContent = countRows(data.total);
   list.show(data.view, data.total, data.first);
   let place = null;
+  const before = moves;
   if (keep && shown !== undefined) place = (await get("place", { view: data.view, row: shown })).place;
-  if (mine !== listing) return;
+  if (mine !== listing || before !== moves) return; // the reviewer has gone on in the meantime
   if (place !== null) {
     state.place = place;
     list.select(place);
@@ -129,6 +131,7 @@ function nothing() {
 
 async function go(place) {
   if (place < 0 || place >= list.total) return;
+  moves++;
   state.place = place;
   list.select(place);
   const row = await withView(() => list.at(place));
@@ -161,7 +164,7 @@ async function open(row) {
 async function ahead() {
   const place = state.place + 1;
   const next = await list.at(place).catch(() => null);
-  if (!next || state.place + 1 !== place) return;
+  if (!next?.images || state.place + 1 !== place) return;
   new Image().src = `/api/image?${new URLSearchParams({ row: next.row, image: 0, page: 0, generation: state.record.generation })}`;
 }
 

@@ -24,7 +24,7 @@ export class Pages {
     this.listen();
   }
 
-  /** Show the images of a row; `next` is the row whose first page is fetched ahead. */
+  /** Show the images of a row. */
   async show(row, generation) {
     const ticket = ++this.loading;
     this.row = row;
