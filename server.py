@@ -57,8 +57,13 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: if the address cannot be had.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Named as TCP, or asyncio leaves its delay of 40 ms on.
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+        return listening
     except OSError as error:
         raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}; try another -p or --host") from None
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -240,8 +241,9 @@ async def run_jobs(work: Callable, jobs: list[tuple], elsewhere: bool) -> AsyncI
     with ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn"), prepare_worker
     ) as pool:
-        for result in [pool.submit(work, *job) for job in jobs]:
-            yield await asyncio.wrap_future(result)
+        results = deque(pool.submit(work, *job) for job in jobs)
+        while results:
+            yield await asyncio.wrap_future(results.popleft())  # kept no longer than needed
 
 
 def prepare_worker() -> None:
