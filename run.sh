@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe: train an adapter, answer the test set, score, and say how to merge. Edit the settings and run it again.
+# The recipe: train an adapter, answer the test set, score, and say how to merge and review. Edit the settings and run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -83,3 +83,6 @@ python -m score "$name.jsonl"
 
 echo "== Merge for production"
 echo "python -m merge_lora_weights $name merged/$name"
+
+echo "== Review the answers in the browser"
+echo "python -m server $name.jsonl -i dataset"

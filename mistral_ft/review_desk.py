@@ -207,7 +207,7 @@ class Desk:
             mask &= np.frombuffer(column.codes, np.intc) == code if code >= 0 else False
         if query.text.strip():
             mask &= self.index.search(query.text)
-        found = np.flatnonzero(mask)
+        found = np.flatnonzero(mask).astype(np.int32)
         if (column := SORTS[query.sort]) is None:
             return found[::-1] if query.descending else found
         values = rows[column][found].astype(np.float64)

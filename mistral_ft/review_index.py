@@ -13,7 +13,6 @@ import os
 import re
 import tempfile
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -60,11 +59,14 @@ class Column:
 
     def set(self, row: int, value: str) -> None:
         """Set a row's value; rows in between have none."""
-        if self.too_many:
-            return
-        self.pad(row + 1)
-        self.codes[row] = self.values.setdefault(value, len(self.values))
-        self._check()
+        code = self.values.setdefault(value, len(self.values))
+        if self.too_many or len(self.values) > MOST_SLICES:
+            self._give_up()
+        elif row == len(self.codes):
+            self.codes.append(code)
+        else:
+            self.pad(row + 1)
+            self.codes[row] = code
 
     def pad(self, count: int) -> None:
         """Make it `count` rows long."""
@@ -73,17 +75,16 @@ class Column:
 
     def extend(self, other: "Column", start: int, count: int) -> None:
         """Take over the `count` rows of the next part of the file, which are numbered from `start`."""
-        self.too_many |= other.too_many
-        if not self.too_many:
-            self.pad(start)
-            new = np.array([self.values.setdefault(value, len(self.values)) for value in other.values], np.intc)
-            self.codes.frombytes(new[np.frombuffer(other.codes, np.intc)].tobytes())
-            self.pad(start + count)
-        self._check()
+        new = np.array([self.values.setdefault(value, len(self.values)) for value in other.values], np.intc)
+        if self.too_many or other.too_many or len(self.values) > MOST_SLICES:
+            self._give_up()
+            return
+        self.pad(start)
+        self.codes.frombytes(new[np.frombuffer(other.codes, np.intc)].tobytes())
+        self.pad(start + count)
 
-    def _check(self) -> None:
-        if self.too_many or len(self.values) > MOST_SLICES:
-            self.too_many, self.codes, self.values = True, array("i"), {NO_VALUE: 0}
+    def _give_up(self) -> None:
+        self.too_many, self.codes, self.values = True, array("i"), {NO_VALUE: 0}
 
 
 @dataclass
@@ -143,8 +144,10 @@ def index_part(path: Path, start: int, stop: int) -> Part:
                 bad += [(lines, reason)] * (len(bad) < MOST_BAD_LINES)
             elif isinstance(row, dict):
                 for name, value in values.items():
-                    if name in columns or len(columns) < MOST_FIELDS:
-                        columns.setdefault(name, Column()).set(len(found), value)
+                    if name not in columns and len(columns) < MOST_FIELDS:
+                        columns[name] = Column()
+                    if name in columns:
+                        columns[name].set(len(found), value)
                 found.append(entry)
                 texts.append(text.encode(errors="replace"))
                 sizes.append(len(texts[-1]) + 1)
@@ -182,9 +185,10 @@ def key_of(row: dict[str, Any]) -> tuple[int, int, int]:
     """(key, identity, expected) of a row: hashes as in `scoring.Pairing`."""
     name, prompt, expected = row.get("id"), row.get("messages"), row.get("expected")
     key = stable_hash(["prompt", prompt] if name is None else ["id", name])
-    # A row with neither is known by its fields, without those that predict adds.
-    unnamed = {name: value for name, value in row.items() if name not in PREDICTED}
-    identity = stable_hash(unnamed if name is prompt is None else [name, prompt])
+    if name is prompt is None:  # known by its fields, without those that predict adds
+        identity = stable_hash({field: value for field, value in row.items() if field not in PREDICTED})
+    else:
+        identity = stable_hash([name, prompt])
     return key, identity, stable_hash(expected.strip() if isinstance(expected, str) else expected)
 
 
@@ -228,21 +232,25 @@ def _slicing(name: str) -> Options:
 
 def searchable(row: dict[str, Any]) -> str:
     """All text of a row in one line, folded: capitals, runs of white space and Unicode forms do not count."""
-    return fold("\x1f".join(text for name, value in row.items() if name != "confidence" for text in _texts(value)))
+    texts: list[str] = []
+    for name, value in row.items():
+        if name != "confidence":
+            _collect(value, texts)
+    return fold("\x1f".join(texts))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _collect(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
-        yield value
+        texts.append(value)
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in ("role", "type"):
-                yield from _texts(inner)
+                _collect(inner, texts)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            _collect(inner, texts)
     elif value is not None and not isinstance(value, bool):
-        yield str(value)
+        texts.append(str(value))
 
 
 class RowIndex:
