@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+import traceback
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ class ReviewApp:
 
     def __init__(self, desk: Desk, images_dir: Path, tokens: TokenView):
         self.desk, self.images_dir, self.tokens = desk, images_dir, tokens
-        self.views: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.views: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # (generation, row numbers)
         self.last_view = 0
         self.decoding = anyio.CapacityLimiter(2)  # pages at once: a large one takes half a GB
 
@@ -68,6 +69,7 @@ class ReviewApp:
         async def lifespan(app):
             await self.desk.begin()
             following = asyncio.create_task(self.desk.follow())
+            following.add_done_callback(report)
             yield
             following.cancel()
 
@@ -114,7 +116,7 @@ class ReviewApp:
         """Make a list: it stays as it is while its rows are worked on."""
         rows = self.desk.select(query_of(request))
         self.last_view += 1
-        self.views[self.last_view] = rows
+        self.views[self.last_view] = self.desk.index.generation, rows
         if len(self.views) > MOST_VIEWS:
             self.views.popitem(last=False)
         first = [self._summary(int(row)) for row in rows[: int_of(request, "count", 50, MOST_ROWS)]]
@@ -261,11 +263,11 @@ class ReviewApp:
 
     def _view(self, request: Request) -> np.ndarray:
         number = int_of(request, "view", 0)
-        if number not in self.views:
+        generation, rows = self.views.get(number, (None, None))
+        if generation != self.desk.index.generation:
             raise HTTPException(410, "this list is no longer kept")
         self.views.move_to_end(number)
-        rows = self.views[number]
-        return rows[rows < self.desk.index.count]
+        return rows
 
     def _row(self, request: Request) -> int:
         row = int_of(request, "row", -1)
@@ -302,7 +304,8 @@ class ReviewApp:
         expected, actual = data.get("expected"), answer_of(data)
         other = desk.read_other(row)
         return {
-            "row": row, "generation": desk.index.generation, "line": int(desk.index.rows["line"][row]),
+            "row": row, "key": desk.index.name_of(row), "generation": desk.index.generation,
+            "line": int(desk.index.rows["line"][row]),
             "id": text_of(data.get("id")), **self._state(row), "review": asdict(review),
             "messages": [shown_message(message) for message in listed(data.get("messages"))],
             "images": [name[:300] for name in image_names(data)],
@@ -323,6 +326,12 @@ class ReviewApp:
                 "expects_otherwise": other.get("expected") != source.get("expected"),
             },
         }  # fmt: skip
+
+
+def report(task: asyncio.Task) -> None:
+    """Print what a task died of."""
+    if not task.cancelled() and task.exception():
+        traceback.print_exception(task.exception())
 
 
 def answer(data: Any, status: int = 200) -> Response:

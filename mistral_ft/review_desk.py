@@ -32,6 +32,7 @@ from mistral_ft.reviews import Review, ReviewLog
 from mistral_ft.scoring import stable_hash
 
 FIRST_BYTES = 1 << 20  # indexed before the first page is served
+POLL_SECONDS = 0.7  # between looks at whether the files have grown
 MANY_PARTS = 4  # from so many on, other processes index them
 
 # Rows to show: (bits that must be set, bits that must not be, what the other file must have).
@@ -96,9 +97,12 @@ class Desk:
     async def follow(self) -> None:
         """Index the rest, then what is added to the files, until cancelled."""
         while True:
-            grown = [await self._advance(index) for index in (self.other, self.index) if index]
-            self.ready = True
-            await asyncio.sleep(0 if any(grown) else 0.7)
+            grown = False
+            with contextlib.suppress(FileNotFoundError):  # another file is just taking its place: look again
+                for index in filter(None, (self.other, self.index)):
+                    grown |= await self._advance(index)
+                self.ready = True
+            await asyncio.sleep(0 if grown else POLL_SECONDS)
 
     async def _advance(self, index: RowIndex) -> bool:
         """Index what was added to a file; False if nothing was."""

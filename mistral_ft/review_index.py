@@ -274,14 +274,20 @@ class RowIndex:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Begin anew.
+
+        Raises:
+            OSError: if the file cannot be read; then nothing has changed.
+        """
         partial = Path(f"{self.wanted}.partial")
-        self.path = partial if not self.wanted.exists() and partial.exists() else self.wanted
+        path = partial if not self.wanted.exists() and partial.exists() else self.wanted
+        file = open(path, "rb")  # noqa: SIM115 - kept open for reading rows
+        if self._text:
+            self.close()
+        self.path, self._file = path, file
         self.generation += 1
         self._rows, self.count = np.zeros(1024, ROW), 0
         self._text_offsets = np.zeros(1024, np.int64)
-        if self._text:
-            self.close()
         self._text, self._text_size = tempfile.TemporaryFile(), 0  # noqa: SIM115 - as is this one
         self._changed_text: dict[int, str] = {}
         self.columns: dict[str, Column] = {}
@@ -290,7 +296,6 @@ class RowIndex:
         self.tail: str | None = None
         self.predicted = False
         self.looked_at = -1
-        self._file = open(self.path, "rb")  # noqa: SIM115 - kept open for reading rows
 
     @property
     def rows(self) -> np.ndarray:

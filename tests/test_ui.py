@@ -8,6 +8,7 @@ import signal
 import pytest
 from PIL import Image
 
+from mistral_ft.predictions import Predictions
 from mistral_ft.reviews import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
 from tests.test_server import OTHER, Server, wait_for
@@ -496,3 +497,24 @@ def test_every_control_has_a_name(start, open_page):
     until(page, "!document.querySelector('dialog').open")
     press(page, "Tab")
     assert page.evaluate("document.activeElement !== document.body")
+
+
+def test_a_predict_that_ends_keeps_the_row_and_what_is_typed(start, open_page, folder):
+    rows = [row(k, "A") for k in range(4)]
+    run = Predictions(folder / "run.jsonl", {"model": "m"}, [[2, 0], [3, 1]])
+    run.add({2: rows[2] | {"actual": "A"}, 0: rows[0] | {"actual": "B"}})
+    page = open_page(start(file="run.jsonl"), "#id=0")
+    shown(page, "0")
+    until(page, "document.querySelector('#reading').textContent === 'predict is at work'")
+    press(page, "e")
+    page.fill("#edited", "typed")
+    run.add({3: rows[3] | {"actual": "A"}, 1: rows[1] | {"actual": "A"}})
+    total(page, "4 rows")
+    run.finish()
+    until(page, "document.querySelector('#reading').textContent === ''")
+    until(page, "document.querySelector('.row .row-name')?.textContent === '0'")
+    shown(page, "0")
+    assert page.input_value("#edited") == "typed"
+    press(page, "Control+Enter")
+    said(page, "Saved.")
+    assert [line["id"] for line in read_rows(log_path(folder / "run.jsonl"))] == [0]

@@ -50,7 +50,7 @@ const state = {
   editing: false,
   busy: false,
   undo: [], // what your decisions replaced: {row, generation, name, before, version}
-  drafts: new Map(), // unsaved texts by row
+  drafts: new Map(), // unsaved texts by the rows' keys
 };
 let ticket = 0; // of the newest request for a row
 let moves = 0; // how often another row was chosen
@@ -70,10 +70,9 @@ function parameters() {
 
 let listing = 0;
 
-/** Ask for the list again; the shown row stays if `keep`. */
-async function relist(keep = true) {
+/** Ask for the list again; a row stays the shown one if it is in it, else the first one is shown. */
+async function relist(row = state.record?.row ?? null) {
   const mine = ++listing;
-  const shown = state.record?.row;
   let data;
   try {
     data = await get("view", parameters());
@@ -87,11 +86,12 @@ async function relist(keep = true) {
   list.show(data.view, data.total, data.first);
   let place = null;
   const before = moves;
-  if (keep && shown !== undefined) place = (await get("place", { view: data.view, row: shown })).place;
+  if (row !== null) place = (await get("place", { view: data.view, row })).place;
   if (mine !== listing || before !== moves) return; // the reviewer has gone on in the meantime
   if (place !== null) {
     state.place = place;
     list.select(place);
+    if (state.record?.row !== row) await open(row);
   } else if (data.total) {
     await go(0);
   } else {
@@ -171,7 +171,7 @@ async function ahead() {
 function show(record) {
   state.record = record;
   showRecord(record, state.by);
-  const draft = state.drafts.get(record.row);
+  const draft = state.drafts.get(record.key);
   if (draft === undefined) closeEditor();
   else openEditor(draft);
   enable();
@@ -313,22 +313,22 @@ function edit() {
 }
 
 function cancel() {
-  if (state.record) state.drafts.delete(state.record.row);
+  if (state.record) state.drafts.delete(state.record.key);
   closeEditor();
   $("list").focus();
 }
 
 async function saveEdit() {
-  const { row } = state.record;
+  const { key } = state.record;
   const text = $("edited").value;
-  state.drafts.delete(row);
+  state.drafts.delete(key);
   if (await decide({ reviewed: true, expected: text }, "Saved.")) {
     closeEditor();
     $("list").focus();
   } else {
     // Not on the disk: the text stays in the editor.
-    state.drafts.set(row, text);
-    if (state.record?.row === row) openEditor(text);
+    state.drafts.set(key, text);
+    if (state.record?.key === key) openEditor(text);
   }
 }
 
@@ -476,7 +476,7 @@ async function setFilter(field, value) {
   state.query.field = field;
   state.query.value = `=${value}`;
   await loadFields();
-  await relist(false);
+  await relist(null);
 }
 
 // What happens on the server.
@@ -515,11 +515,14 @@ async function update(status) {
   }
   if (!before) return;
   if (before.generation !== status.generation) {
+    // Row numbers are other ones now: find the shown row by its id.
+    const id = state.record?.id ?? null;
+    const { row } = id === null ? { row: null } : await get("find", { id });
     state.undo = [];
     state.record = null;
     notify("The file was replaced; the list was made again.");
     await loadFields();
-    await relist(false);
+    await relist(row);
     return;
   }
   if (status.ready && !before.ready) loadFields();
@@ -614,7 +617,7 @@ const CLICKS = {
   "close-dialog": () => $("dialog").close(),
   revert: () => {
     $("edited").value = state.record.source_expected ?? "";
-    state.drafts.set(state.record.row, $("edited").value);
+    state.drafts.set(state.record.key, $("edited").value);
   },
   "toggle-list": () => document.body.classList.toggle("list-hidden"),
   theme: () => setTheme(matchMedia("(prefers-color-scheme: dark)").matches === (currentTheme() === null) ? "light" : "dark"),
@@ -625,7 +628,7 @@ $("editor").addEventListener("submit", (event) => {
   event.preventDefault();
   saveEdit();
 });
-$("edited").addEventListener("input", () => state.drafts.set(state.record.row, $("edited").value));
+$("edited").addEventListener("input", () => state.drafts.set(state.record.key, $("edited").value));
 
 let typing = null;
 $("search").addEventListener("input", () => {
