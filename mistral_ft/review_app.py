@@ -1,7 +1,7 @@
 """The review server's pages and answers: JSON for ui/, which shows it.
 
-Texts of records go out as JSON and the page puts them in as text, never as HTML. Nothing a request says becomes a path:
-images are named by row and number.
+What a record holds goes out as text, numbers too, so that none is rounded or unknown to JSON, and the page puts it in
+as text, never as HTML. Nothing a request says becomes a path: images are named by row and number.
 """
 
 import asyncio
@@ -87,12 +87,12 @@ class ReviewApp:
             ],
             lifespan=lifespan,
             exception_handlers={
-                HTTPException: lambda request, error: answer({"error": error.detail}, error.status_code),
+                HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code),
                 ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody is there to read it
                 # What is wrong with a file or a record, in one line.
-                RecursionError: lambda request, error: answer({"error": "nested too deeply to be shown"}, 422),
-                ValueError: lambda request, error: answer({"error": str(error)}, 422),
-                OSError: lambda request, error: answer({"error": f"not saved: {error.strerror}"}, 507),
+                RecursionError: lambda request, error: JSONResponse({"error": "nested too deeply to be shown"}, 422),
+                ValueError: lambda request, error: JSONResponse({"error": str(error)}, 422),
+                OSError: lambda request, error: JSONResponse({"error": f"not saved: {error.strerror}"}, 507),
             },
         )
 
@@ -102,7 +102,7 @@ class ReviewApp:
         """What the page asks for every second or two."""
         index, log = self.desk.index, self.desk.log
         states = index.rows["state"]
-        return answer({
+        return JSONResponse({
             "file": index.path.name, "images_dir": str(self.images_dir), "generation": index.generation,
             "rows": index.count, "ready": self.desk.ready, "unfinished": index.unfinished,
             "read": index.end / index.size if index.size else 1, "predicted": index.predicted,
@@ -120,18 +120,18 @@ class ReviewApp:
         if len(self.views) > MOST_VIEWS:
             self.views.popitem(last=False)
         first = [self._summary(int(row)) for row in rows[: int_of(request, "count", 50, MOST_ROWS)]]
-        return answer({"view": self.last_view, "generation": self.desk.index.generation, "total": len(rows),
+        return JSONResponse({"view": self.last_view, "generation": self.desk.index.generation, "total": len(rows),
                        "first": first})  # fmt: skip
 
     async def rows(self, request: Request) -> Response:
         """A stretch of a list."""
         start, count = int_of(request, "start", 0), int_of(request, "count", 50, MOST_ROWS)
-        return answer({"rows": [self._summary(int(row)) for row in self._view(request)[start : start + count]]})
+        return JSONResponse({"rows": [self._summary(int(row)) for row in self._view(request)[start : start + count]]})
 
     async def place(self, request: Request) -> Response:
         """Where in a list a row is."""
         places = np.flatnonzero(self._view(request) == self._row(request))
-        return answer({"place": int(places[0]) if len(places) else None})
+        return JSONResponse({"place": int(places[0]) if len(places) else None})
 
     async def step(self, request: Request) -> Response:
         """The next place in a list, from one on, whose row is wrong or (what=unreviewed) not reviewed."""
@@ -144,15 +144,15 @@ class ReviewApp:
         start, backwards = int_of(request, "from", 0), "backwards" in request.query_params
         places = np.flatnonzero(fits[:start] if backwards else fits[start:])
         if not len(places):
-            return answer({"place": None})
-        return answer({"place": int(places[-1] if backwards else places[0] + start)})
+            return JSONResponse({"place": None})
+        return JSONResponse({"place": int(places[-1] if backwards else places[0] + start)})
 
     async def find(self, request: Request) -> Response:
         """The row with an id, or on a line."""
         if (line := request.query_params.get("line", "")).isdecimal():
             found = np.flatnonzero(self.desk.index.rows["line"] == int(line[:12]))
-            return answer({"row": int(found[0]) if len(found) else None})
-        return answer({"row": self.desk.find(request.query_params.get("id", ""))})
+            return JSONResponse({"row": int(found[0]) if len(found) else None})
+        return JSONResponse({"row": self.desk.find(request.query_params.get("id", ""))})
 
     async def fields(self, request: Request) -> Response:
         """The fields that rows can be filtered by, with their commonest values."""
@@ -167,19 +167,19 @@ class ReviewApp:
                 "name": name, "title": COMPUTED.get(name, name), "too_many": column.too_many,
                 "values": [[values[code], int(counts[code])] for code in best], "distinct": len(values) - 1,
             })  # fmt: skip
-        return answer({"fields": found, "mistakes": KINDS})
+        return JSONResponse({"fields": found, "mistakes": KINDS})
 
     async def bad_lines(self, request: Request) -> Response:
         """Lines that are no record, and why."""
         index = self.desk.index
         tail = [(index.lines + 1, index.tail)] if index.tail else []
-        return answer({"count": index.bad_count + len(tail), "lines": [*index.bad, *tail]})
+        return JSONResponse({"count": index.bad_count + len(tail), "lines": [*index.bad, *tail]})
 
     # One row.
 
     async def row(self, request: Request) -> Response:
         """All of a row."""
-        return answer(self._describe(self._row(request)))
+        return JSONResponse(self._describe(self._row(request)))
 
     async def images(self, request: Request) -> Response:
         """The pages of a row's images: [{"name", "pages": [[width, height], …]} or {"name", "error"}, …]."""
@@ -191,7 +191,7 @@ class ReviewApp:
             except ValueError as error:
                 return {"name": name[:300], "error": str(error)}
 
-        return answer({"images": [await asyncio.to_thread(describe, name) for name in names]})
+        return JSONResponse({"images": [await asyncio.to_thread(describe, name) for name in names]})
 
     async def image(self, request: Request) -> Response:
         """One page of one of a row's images."""
@@ -206,7 +206,7 @@ class ReviewApp:
     async def token_view(self, request: Request) -> Response:
         """The tokens that a row becomes."""
         row = self.desk.read(self._row(request))
-        return answer(await asyncio.to_thread(self.tokens.tokens, row, self.images_dir))
+        return JSONResponse(await asyncio.to_thread(self.tokens.tokens, row, self.images_dir))
 
     # Decisions.
 
@@ -227,8 +227,8 @@ class ReviewApp:
             self.desk.save(row, Review(data["version"], expected, data["reviewed"], data["flagged"]))
         except Outdated:
             error = "this row was changed in another tab or window; nothing was overwritten"
-            return answer({"error": error, "row": self._describe(row)}, 409)
-        return answer({"row": self._describe(row), "summary": self._summary(row)})
+            return JSONResponse({"error": error, "row": self._describe(row)}, 409)
+        return JSONResponse({"row": self._describe(row), "summary": self._summary(row)})
 
     async def export(self, request: Request) -> Response:
         """Write the corrected data set beside the file."""
@@ -236,7 +236,7 @@ class ReviewApp:
         path = self.desk.index.wanted
         target = path.with_name(f"{path.name.removesuffix('.jsonl')}.corrected.jsonl")
         done = await asyncio.to_thread(export, path, target)
-        return answer(asdict(done) | {"path": str(done.path), "left_out": done.left_out[:100],
+        return JSONResponse(asdict(done) | {"path": str(done.path), "left_out": done.left_out[:100],
                                       "left_out_count": len(done.left_out)})  # fmt: skip
 
     async def scores(self, request: Request) -> Response:
@@ -257,7 +257,7 @@ class ReviewApp:
         places = entries[["offset", "length", "line"]].tolist()
         job = (desk.index.path, places, corrected, other_path, other_places, request.query_params.get("by") or None)
         results = [result async for result in run_jobs(score_rows, [job], elsewhere=len(rows) > SCORED_HERE)]
-        return answer(results[0] | {"corrected": len(corrected)})
+        return JSONResponse(results[0] | {"corrected": len(corrected)})
 
     # Helpers.
 
@@ -332,11 +332,6 @@ def report(task: asyncio.Task) -> None:
     """Print what a task died of."""
     if not task.cancelled() and task.exception():
         traceback.print_exception(task.exception())
-
-
-def answer(data: Any, status: int = 200) -> Response:
-    """JSON for the page; what a record holds goes out as text, so that no number is rounded or unknown to JSON."""
-    return JSONResponse(data, status)
 
 
 async def body_of(request: Request) -> dict[str, Any]:

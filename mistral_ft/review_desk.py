@@ -108,6 +108,7 @@ class Desk:
         """Index what was added to a file; False if nothing was."""
         if index.replaced():
             index.restart()
+            self._match_all()
         if index.size == index.end or index.size == index.looked_at:
             return False
         index.looked_at = index.size
@@ -119,8 +120,13 @@ class Desk:
             else:
                 index.add(part)
         if index is self.other:
-            self._match(range(self.index.count))
+            self._match_all()
         return True
+
+    def _match_all(self) -> None:
+        rows = range(self.index.count)
+        self._match(rows)
+        self._lay_over(rows)
 
     def _take(self, part) -> None:
         rows = self.index.add(part)
@@ -140,12 +146,13 @@ class Desk:
             at = np.searchsorted(keys, ours["key"]).clip(max=len(keys) - 1)
             found = np.where(keys[at] == ours["key"], places[at], -1).astype(np.int32)
         self.other_rows = np.concatenate([self.other_rows[: rows.start], found])
-        hits = np.where(found < 0, -1, (other["state"][found] & HIT > 0) if len(other) else 0)
-        ours["other_hit"] = hits
+        ours["other_hit"] = -1
+        both = np.flatnonzero(found >= 0)
+        theirs = other[found[both]]
+        ours["other_hit"][both] = theirs["state"] & HIT > 0
         # Where the two files expect different answers, the other one's is held against ours.
-        for k in np.flatnonzero((found >= 0) & (hits >= 0)):
-            if other["expected"][found[k]] != ours["expected"][k]:
-                ours["other_hit"][k] = self._other_hit(rows.start + int(k), self.index.read(rows.start + int(k)))
+        for k in both[theirs["expected"] != ours["expected"][both]]:
+            ours["other_hit"][k] = self._other_hit(rows.start + int(k), self.index.read(rows.start + int(k)))
 
     def _other_hit(self, row: int, data: dict[str, Any]) -> int:
         answered = self.read_other(row)
