@@ -255,7 +255,8 @@ class ReviewApp:
             other_path = desk.other.path
             other_places = [(0, 0, 0) if k < 0 else desk.other.rows[k][["offset", "length", "line"]].item() for k in at]
         places = entries[["offset", "length", "line"]].tolist()
-        job = (desk.index.path, places, corrected, other_path, other_places, request.query_params.get("by") or None)
+        by = request.query_params.get("by") or None
+        job = (desk.index.path, places, corrected, other_path, other_places, by, self.images_dir)
         results = [result async for result in run_jobs(score_rows, [job], elsewhere=len(rows) > SCORED_HERE)]
         return JSONResponse(results[0] | {"corrected": len(corrected)})
 

@@ -9,7 +9,9 @@ from typing import Any
 from mistral_ft.comparison import compare
 from mistral_ft.confidence import KINDS
 from mistral_ft.errors import UserError
-from mistral_ft.records import parse_line
+from mistral_ft.predictions import PREDICTED
+from mistral_ft.records import check_record, image_blocks, parse_line
+from mistral_ft.review_pages import find_page
 from mistral_ft.scoring import MOST_SLICES, Options, Score
 from mistral_ft.summary import judge_confidence, summarize
 
@@ -20,9 +22,10 @@ def score_rows(
     path: Path,
     places: Sequence[tuple[int, int, int]],
     corrected: dict[int, str],
-    other_path: Path | None = None,
-    other_places: Sequence[tuple[int, int, int]] = (),
-    by: str | None = None,
+    other_path: Path | None,
+    other_places: Sequence[tuple[int, int, int]],
+    by: str | None,
+    images_dir: Path,
 ) -> dict[str, Any]:
     """Score rows as `score` would score a file of them.
 
@@ -31,7 +34,8 @@ def score_rows(
         corrected: corrected expected answers, by offset.
         other_path, other_places: their counterparts in another predictions file, in the same order where both have
             the row. They are held against the same expected answers.
-        by: the field to slice by.
+        by: the field to slice by, as score's --by; None for none.
+        images_dir: folder of the images, for slices by page size.
 
     Returns:
         What `summary.summarize` returns, without lists of rows. `comparison` is {"error": …} where the files cannot be
@@ -40,9 +44,11 @@ def score_rows(
     Raises:
         UserError: if no row can be scored, or `by` has too many values.
     """
-    options = Options(by=by, images_dir=path.parent, keep_pairing=other_path is not None)
+    options = Options(by=by, images_dir=images_dir, keep_pairing=other_path is not None)
     score, expected = Score(), []
     for line, raw, row in _read(path, places, corrected):
+        if by == "page_size" and by not in row and not _pages_allowed(row, images_dir):
+            row[by] = "page cannot be opened"
         score.add(line, raw, row, options)
         expected.append(row.get("expected"))
         if len(score.slices) > MOST_SLICES:
@@ -64,6 +70,15 @@ def score_rows(
     result = summarize(score, by, confidence, None) | ({"comparison": comparison} if comparison else {})
     result["rows"] = {what: len(lines) for what, lines in result["rows"].items()}
     return result
+
+
+def _pages_allowed(row: dict[str, Any], images_dir: Path) -> bool:
+    """Whether all of a row's images are in their folder: `score` looks wherever a path leads, a server must not."""
+    try:
+        check_record({name: value for name, value in row.items() if name not in PREDICTED})
+        return all(find_page(images_dir, name) for name in image_blocks(row["messages"]))
+    except ValueError:
+        return False
 
 
 def _read(path: Path, places: Sequence[tuple[int, int, int]], corrected: dict[int, str]):

@@ -571,6 +571,23 @@ class TestScores:
         scores = client.get("/api/scores", params={"view": view}).json()
         assert (scores["hits"], scores["count"], scores["corrected"]) == (2, 4, 1)
 
+    def test_by_page_size(self, serve, tmp_path):
+        make_page(tmp_path / "0.png", 0)
+        client = serve()
+        view = client.get("/api/view").json()["view"]
+        slices = client.get("/api/scores", params={"view": view, "by": "page_size"}).json()["slices"]
+        assert {name: part["count"] for name, part in slices.items()} == {
+            "up to 0.5 megapixels": 1, "page cannot be opened": 1, "no page": 4,
+        }  # fmt: skip
+
+    def test_page_sizes_are_not_looked_up_outside_of_the_images_folder(self, serve, tmp_path):
+        (tmp_path / "pages").mkdir()
+        make_page(tmp_path / "secret.png", 0)
+        client = serve([row(0, "A", ["../secret.png"]) | {"actual": "A"}], images=tmp_path / "pages")
+        view = client.get("/api/view").json()["view"]
+        slices = client.get("/api/scores", params={"view": view, "by": "page_size"}).json()["slices"]
+        assert set(slices) == {"page cannot be opened"}
+
     def test_nothing_to_score(self, serve):
         client = serve([row(0, "A")])
         view = client.get("/api/view").json()["view"]

@@ -342,7 +342,7 @@ async function scores() {
     showScores(await get("scores", { view: list.view, by }), state.mistakes ?? {}, (field, value) => {
       setFilter(field, value);
       toggleScores(false);
-    });
+    }, new Set(state.fields.map((field) => field.name)));
   } catch (error) {
     $("scores").replaceChildren(h("p", { class: "faint" }, error.message));
   }
@@ -455,6 +455,7 @@ async function loadFields() {
   $("slice-by").replaceChildren(
     h("option", { value: "" }, "–"),
     ...options.filter((field) => field.name !== "mistake").map((field) => h("option", { value: field.name }, title(field))),
+    h("option", { value: "page_size" }, "page size"),
   );
   $("slice-by").value = by;
   drawValues();

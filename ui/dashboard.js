@@ -36,9 +36,10 @@ const bar = (share) =>
 /**
  * Fill the dashboard.
  *
- * scores: as the server's /api/scores; mistakes: what each kind means; filter(field, value) narrows the list.
+ * scores: as the server's /api/scores; mistakes: what each kind means; filter(field, value) narrows the list;
+ * fields: the names it knows.
  */
-export function showScores(scores, mistakes, filter) {
+export function showScores(scores, mistakes, filter, fields) {
   const parts = [
     h(
       "section",
@@ -110,7 +111,9 @@ export function showScores(scores, mistakes, filter) {
         Object.entries(scores.slices)
           .slice(0, LISTED)
           .map(([value, part]) => [
-            h("button", { class: "link", title: "show these rows", onclick: () => filter(scores.by, value) }, value || "(empty)"),
+            fields.has(scores.by)
+              ? h("button", { class: "link", title: "show these rows", onclick: () => filter(scores.by, value) }, value || "(empty)")
+              : value,
             count(part.count),
             bar(part.accuracy),
             number(part.cer),
@@ -120,7 +123,7 @@ export function showScores(scores, mistakes, filter) {
     );
   }
   if (scores.json) {
-    const fields = Object.entries(scores.json.fields).sort((a, b) => a[1].accuracy - b[1].accuracy);
+    const paths = Object.entries(scores.json.fields).sort((a, b) => a[1].accuracy - b[1].accuracy);
     parts.push(
       table("JSON answers", ["", ""], [
         ["answers that are JSON", percent(scores.json.valid)],
@@ -131,7 +134,7 @@ export function showScores(scores, mistakes, filter) {
       table(
         "JSON fields, worst first",
         ["", "rows", "right"],
-        fields.slice(0, LISTED).map(([path, share]) => [path, count(share.count), bar(share.accuracy)]),
+        paths.slice(0, LISTED).map(([path, share]) => [path, count(share.count), bar(share.accuracy)]),
       ),
     );
   }
