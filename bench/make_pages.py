@@ -6,11 +6,12 @@ python -m bench.make_pages /tmp/pages --count 64
 import argparse
 import json
 import random
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset.make_dataset import BODY, QUESTION, wrap
+from dataset.make_dataset import BODY, TITLE_QUESTION
 
 
 def main() -> None:
@@ -28,10 +29,10 @@ def main() -> None:
             page = Image.new("L", (round(height * rng.uniform(0.7, 0.8)), height), 255)
             draw, font = ImageDraw.Draw(page), ImageFont.load_default(22)
             words = rng.choices(BODY, k=600)
-            for y, line in enumerate(wrap(draw, words, font, page.width - 120)):
+            for y, line in enumerate(textwrap.wrap(" ".join(words), page.width // 13)):
                 draw.text((60, 80 + 30 * y), line, 20, font)
             page.save(args.output / f"{number}.png")
-            content = [{"type": "text", "text": QUESTION}, {"type": "image", "image": f"{number}.png"}]
+            content = [{"type": "text", "text": TITLE_QUESTION}, {"type": "image", "image": f"{number}.png"}]
             expected = " ".join(rng.choices(BODY, k=rng.randint(3, 50)))
             record = {"id": number, "messages": [{"role": "user", "content": content}], "expected": expected}
             file.write(json.dumps(record) + "\n")

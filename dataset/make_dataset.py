@@ -1,98 +1,124 @@
-"""Draw the sample: fake pages with a title, and the question what the title is.
+"""Draw the sample: fake letters with the question what their title is, and fake invoices to turn into JSON.
 
     python -m dataset.make_dataset [--output dataset]
 
-Every word is made up or common, no page is real. The folder holds train.jsonl, test.jsonl and the PNG pages; titles of
-the test pages do not occur in training.
+Every word is made up or common, no page is real. It writes the PNG pages, train.jsonl and test.jsonl (titles), and
+train-invoices.jsonl and test-invoices.jsonl. Titles and values of the test pages occur neither in training nor in what
+models/tiny was pre-trained on: `pages.reserved` tells them apart. test-reading.jsonl asks for the titles of the test
+pages in the words and the form of that pre-training.
 """
 
 import argparse
+import itertools
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-QUESTION = "What is the title of the following document?"
-KINDS = "Order Notice Decree Report Minutes Statute Circular Permit Record Charter".split()
-TOPICS = (
-    "Road Repair|Water Supply|Market Days|School Meals|Harbour Fees|Night Trains|Forest Paths|Public Baths|"
-    "Bread Prices|Bee Keeping|Lamp Oil|Bridge Tolls|Mail Coaches|Salt Storage|Chimney Fires|Town Clocks"
-).split("|")
+from models.tiny import pages
+from models.tiny.pages import CELL, Page
+
+TITLE_QUESTION = "What is the title of the following document?"
+INVOICE_QUESTION = "Extract number, date and total as JSON."
+KINDS = "Order Notice Decree Report Minutes Statute Circular Permit Record Charter Petition Warrant".split()
+ADJECTIVES = "Public Winter Summer Local Northern Central Private Annual Common Royal Spring Modern Free Early".split()
+NOUNS = (
+    "Roads Water Markets Schools Harbour Trains Forest Baths Bread Bridges Coaches Salt Fires Clocks Gardens Ships "
+    "Houses Fields Taxes Music Books Horses Lamps Rivers Mills Tools Papers Parks Walls Stones"
+).split()
+TOWNS = "Ambleford Brackwater Corley Dunmore Eastmere Fallowfield Grimsby Holloway Inverleith Kestwick".split()
+FIRMS = "Miller Carver Baker Turner Fisher Cooper Mason Fuller Sawyer Chandler".split()
+GOODS = "lamp rope barrel saddle ladder kettle bucket carpet mirror basket blanket hammer".split()
 BODY = (
     "the council of the town has met and heard all who came to speak on this matter and finds that what was agreed "
     "last year still holds but for the fees which are set anew each spring by the clerk after the accounts are closed"
 ).split()
-INK, PAPER = 20, 255
 
 
-def make_titles(rng: random.Random, count: int) -> list[str]:
-    """`count` different titles, such as "Decree 41 on Bridge Tolls"."""
-    titles: dict[str, None] = {}
-    while len(titles) < count:
-        titles[f"{rng.choice(KINDS)} {rng.randint(2, 99)} on {rng.choice(TOPICS)}"] = None
-    return list(titles)
+def make_title(rng: random.Random) -> str:
+    """A title such as "Decree 41 on Public Bridges"."""
+    kind, number, topic = rng.choice(KINDS), rng.randint(2, 99), f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    year, noun = rng.randint(1880, 2029), rng.choice(NOUNS).lower()
+    return rng.choice(
+        [
+            f"{kind} {number} on {topic}",
+            f"{kind} No. {number}/{year}",
+            f"{kind} on {topic} and {rng.choice(NOUNS)}",
+            f"{topic} in {rng.choice(TOWNS)}",
+            f"{kind} of the town of {rng.choice(TOWNS)}",
+            f"The {noun} of {rng.choice(TOWNS)}, {year}",
+        ]
+    )
 
 
-def draw_page(title: str, rng: random.Random) -> Image.Image:
-    """A page of about 400 x 560 pixels: letterhead, title in one or two lines, body text."""
-    width, height = rng.randrange(364, 449, 14), rng.randrange(504, 617, 14)
-    page = Image.new("L", (width, height), PAPER)
-    draw = ImageDraw.Draw(page)
-    margin = rng.randint(24, 40)
-    small, body, large = (ImageFont.load_default(size) for size in (11, 13, rng.randint(20, 26)))
-    draw.text((margin, 16), f"Town of {rng.choice(['Ambleford', 'Brackwater', 'Corley'])}", INK, small)
-    draw.line((margin, 34, width - margin, 34), INK)
-    y = rng.randint(56, 110)
-    for line in wrap(draw, title.split(), large, width - 2 * margin):
-        draw.text((margin, y), line, INK, large)
-        y += large.size + 6
-    y += 20
-    words = [rng.choice(BODY) for _ in range(rng.randint(60, 110))]
-    for line in wrap(draw, words, body, width - 2 * margin):
-        if y > height - 40:
-            break
-        draw.text((margin, y), line, INK, body)
-        y += 18
-    return page
+def title_rows(test: bool, rng: random.Random) -> Iterator[tuple[Page, str, str]]:
+    """Endless (page, question, answer), no title twice."""
+    titles = set()
+    while True:
+        title = pages.draw_free(make_title, rng, test)
+        if title in titles:
+            continue
+        titles.add(title)
+        body = " ".join(rng.choice(BODY) for _ in range(rng.randint(30, 120)))
+        letterhead = f"Town of {rng.choice(TOWNS)}" if rng.random() < 0.7 else ""
+        yield pages.lay_out_letter(page_size(rng), letterhead, title, body, rng), TITLE_QUESTION, title
 
 
-def wrap(draw: ImageDraw.ImageDraw, words: list[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break words into lines that fit into `width` pixels."""
-    lines = [""]
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+def invoice_rows(test: bool, rng: random.Random) -> Iterator[tuple[Page, str, str]]:
+    """Endless (page, question, answer); the values stand in any order, some pages have one more."""
+    while True:
+        makers = {"Number": pages.make_number, "Date": pages.make_date, "Total": pages.make_total}
+        values = {key: pages.draw_free(make, rng, test) for key, make in makers.items()}
+        answer = json.dumps({key.lower(): value for key, value in values.items()}, ensure_ascii=False)
+        if rng.random() < 0.5:
+            values["Place"] = rng.choice(TOWNS)
+        values = {key: values[key] for key in rng.sample(list(values), len(values))}
+        goods = [
+            f"{rng.randint(1, 9)} {rng.choice(GOODS)} {rng.randint(1, 99)}.{rng.randint(0, 99):02}" for _ in range(9)
+        ]
+        firm = f"{rng.choice(FIRMS)} and {rng.choice(FIRMS)}" if rng.random() < 0.7 else ""
+        heading, body = rng.choice(["Invoice", "Receipt", "Bill", "Account"]), ", ".join(goods[: rng.randint(2, 9)])
+        yield pages.lay_out_form(page_size(rng), firm, heading, values, body, rng), INVOICE_QUESTION, answer
+
+
+def page_size(rng: random.Random) -> tuple[int, int]:
+    """Width and height in pixels: whole cells, so that nothing is stretched."""
+    return rng.randint(9, 12) * CELL, rng.randint(12, 16) * CELL
+
+
+def make_record(name: str, question: str, answer: str) -> str:
+    """A line of a JSONL file."""
+    content = [{"type": "text", "text": question}, {"type": "image", "image": f"{name}.png"}]
+    record = {"id": name, "messages": [{"role": "user", "content": content}], "expected": answer}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write")
-    parser.add_argument("--train", type=int, default=24, help="number of training pages")
-    parser.add_argument("--test", type=int, default=8, help="number of test pages")
+    parser.add_argument("--train", type=int, default=400, help="number of training pages per task")
+    parser.add_argument("--test", type=int, default=100, help="number of test pages per task")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    rng = random.Random(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    titles = make_titles(rng, args.train + args.test)
-    for name, part in (("train", titles[: args.train]), ("test", titles[args.train :])):
-        with open(args.output / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for number, title in enumerate(part, 1):
-                image = f"{name}-{number:03}.png"
-                # 16 greys are enough for print, and make the file small.
-                draw_page(title, rng).quantize(16).save(args.output / image, optimize=True)
-                content = [{"type": "text", "text": QUESTION}, {"type": "image", "image": image}]
-                record = {
-                    "id": f"{name}-{number:03}",
-                    "messages": [{"role": "user", "content": content}],
-                    "expected": title,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for task, make_rows in (("", title_rows), ("-invoices", invoice_rows)):
+        for part, count in (("train", args.train), ("test", args.test)):
+            rows = make_rows(part == "test", random.Random(f"{part}{task} {args.seed}"))
+            lines, readings = [], []
+            for number, (page, question, answer) in enumerate(itertools.islice(rows, count), 1):
+                name = f"{part}{task}-{number:03}"
+                # 16 greys, as many as the glyphs have, make the file small.
+                picture = Image.fromarray(pages.draw_pages([page])[0]).quantize(16)
+                picture.save(args.output / f"{name}.png", optimize=True)
+                lines.append(make_record(name, question, answer))
+                heading = " ".join(f"{line.text} |" for line in page.parts["heading"])
+                readings.append(make_record(name, "Read the heading.", heading))
+            (args.output / f"{part}{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+            if (part, task) == ("test", ""):
+                (args.output / "test-reading.jsonl").write_text("".join(readings), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""The whole loop on the embedded base: what is trained is answered, scored and merged."""
+"""The whole loop on the embedded base and pages of the sample: what is learned is answered, scored and merged."""
 
-import pytest
+import json
+import sys
+
 import torch
 from peft import PeftModel
+from PIL import Image
 
+from dataset import make_dataset
 from mistral_ft import merge_comparison
 from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.images import ImageFitter
@@ -11,82 +15,86 @@ from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
+from models.tiny.pages import reserved
+from tests.conftest import ROOT, TINY, read_rows, write_jsonl
+
+IMAGES = ("--images_dir", ROOT / "dataset")
+SAMPLE = {"train": 400, "test": 100, "train-invoices": 400, "test-invoices": 100, "test-reading": 100}
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Eight small pages; only the page tells which of the answers is right."""
-    rows = []
-    for number in range(8):
-        make_page(tmp_path / f"{number}.png", 17 * number + 1, (112, 84))
-        rows.append(
-            row(number, f"Decree {number * 11} on {['Salt', 'Bread', 'Lamp Oil'][number % 3]}", [f"{number}.png"])
-        )
-    return write_jsonl(tmp_path / "train.jsonl", rows)
+def test_what_the_base_cannot_do_is_learned_from_pages_and_merged(train_tiny, run_cli, tmp_path, monkeypatch):
+    files = {}
+    for name, count in {"train": 120, "test": 24, "test-reading": 24}.items():
+        files[name] = write_jsonl(tmp_path / f"{name}.jsonl", read_rows(ROOT / f"dataset/{name}.jsonl")[:count])
+    rows = read_rows(files["test"])
+    swapped = [row | {"messages": rows[(i + 1) % 24]["messages"]} for i, row in enumerate(rows)]
+    files["swapped"] = write_jsonl(tmp_path / "swapped.jsonl", swapped)
 
+    def hits(name, model):
+        output = tmp_path / f"{name}-{model.name}.jsonl"
+        assert run_cli("predict", files[name], model, "-o", output, "--max_new_tokens", 30, *IMAGES)[0] == 0
+        return json.loads(run_cli("score", output, "--json")[1])["hits"]
 
-def test_pages_are_memorised_and_merged_answers_are_the_adapters(data, train_tiny, run_cli, tmp_path, monkeypatch):
+    # The base reads, but does not know what is asked.
+    assert hits("test-reading", TINY) >= 21
+    assert hits("test", TINY) == 0
     run = train_tiny(
-        data, "--learning_rate", "5e-3", "--num_train_epochs", 60, "--per_device_train_batch_size", 4,
-        "--vision_lora", "True", "--train_projector", "True", "--lr_scheduler_type", "cosine", "--save_strategy", "no",
+        files["train"], *IMAGES, "--learning_rate", "3e-3", "--num_train_epochs", 2, "--lr_scheduler_type", "cosine",
+        "--per_device_train_batch_size", 4, "--lora_rank", 16, "--lora_alpha", 32, "--vision_lora", "True",
+        "--train_projector", "True", "--save_strategy", "no",
     )  # fmt: skip
-    predictions, errors = tmp_path / "predictions.jsonl", tmp_path / "errors.jsonl"
-    assert run_cli("predict", data, run, "-o", predictions, "--max_new_tokens", 20)[0] == 0
-    code, out, _ = run_cli("score", predictions, "-e", errors)
-    assert code == 0
-    assert out.startswith("Accuracy = 8/8 = 1.0000 (")
-    assert errors.read_text() == ""
-
-    # The base itself knows nothing of this.
-    assert run_cli("predict", data, TINY, "-o", tmp_path / "base.jsonl", "--max_new_tokens", 20)[0] == 0
-    assert run_cli("score", tmp_path / "base.jsonl")[1].startswith("Accuracy = 0/8 = 0.0000")
-
+    assert hits("test", run) >= 18
     # With the pages swapped among the rows, nothing is right any more: the answers come from the pages.
-    rows = read_rows(data)
-    shifted = [
-        r | {"messages": rows[(i + 1) % 8]["messages"]} for i, r in enumerate(rows)
-    ]  # fmt: skip
-    swapped = write_jsonl(tmp_path / "swapped.jsonl", shifted)
-    assert run_cli("predict", swapped, run, "-o", tmp_path / "s.jsonl", "--max_new_tokens", 20)[0] == 0
-    assert run_cli("score", tmp_path / "s.jsonl")[1].startswith("Accuracy = 0/8 = 0.0000")
+    assert hits("swapped", run) == 0
 
     # Merged, and unmerged by plain peft, give the same answers, row by row.
-    merge = run_cli("merge_lora_weights", run, tmp_path / "merged", "--compare_on", data, "--predictions", predictions)
+    predictions = tmp_path / f"test-{run.name}.jsonl"
+    merge = run_cli(
+        "merge_lora_weights", run, tmp_path / "merged", "--compare_on", files["test"], "--predictions", predictions,
+        *IMAGES, "--limit", 8,
+    )  # fmt: skip
     assert merge[0] == 0
-    assert f"Compared on 8 records of {data}: 0 answers differ between the adapter unmerged and merged" in merge[1]
-    assert "| accuracy | 8/8 = 1.0000 (95 % interval 0.676 to 1.000) |" in (tmp_path / "merged/README.md").read_text()
-    merged = tmp_path / "merged.jsonl"
-    assert run_cli("predict", data, tmp_path / "merged", "-o", merged, "--max_new_tokens", 20)[0] == 0
-    assert merged.read_bytes() == predictions.read_bytes()
+    assert "Compared on 8 records" in merge[1]
+    assert ": 0 answers differ between the adapter unmerged and merged" in merge[1]
+    assert "| accuracy | " in (tmp_path / "merged/README.md").read_text()
+    hits("test", tmp_path / "merged")
+    assert (tmp_path / "test-merged.jsonl").read_bytes() == predictions.read_bytes()
 
     encoder = PromptEncoder.from_folder(run)
-    dataset = RecordDataset(read_records([data]), encoder, ImageFitter.from_folder(TINY), with_answers=False)
+    records = read_records([files["test"]], images_dir=ROOT / "dataset")
+    dataset = RecordDataset(records, encoder, ImageFitter.from_folder(TINY), with_answers=False)
     unmerged = PeftModel.from_pretrained(load_base(TINY, torch.device("cpu")), run).eval()
-    for i, predicted in enumerate(read_rows(predictions)):
+    for i, predicted in enumerate(read_rows(predictions)[:8]):
         batch = PromptCollator(11)([dataset[i]])
-        ids = unmerged.generate(**batch, max_new_tokens=20, do_sample=False, pad_token_id=11, eos_token_id=2)
+        ids = unmerged.generate(**batch, max_new_tokens=30, do_sample=False, pad_token_id=11, eos_token_id=2)
         assert encoder.decode(ids[0, batch["input_ids"].shape[1] :].tolist()) == predicted["actual"]
 
     # The comparison sees a folder that is not base + adapter: here the base itself.
-    monkeypatch.setattr(merge_comparison, "MAX_NEW_TOKENS", 20)
-    comparer = merge_comparison.MergeComparer(read_records([data])[:2], TINY, Adapter(run))
-    comparison = comparer.run(TINY, torch.device("cpu"))
-    assert [pair[0] for pair in comparison.answers] == ["Decree 0 on Salt", "Decree 11 on Bread"]
+    monkeypatch.setattr(merge_comparison, "MAX_NEW_TOKENS", 30)
+    comparison = merge_comparison.MergeComparer(records[:2], TINY, Adapter(run)).run(TINY, torch.device("cpu"))
+    assert len(comparison.answers) == 2
     assert all(unmerged != merged for unmerged, merged in comparison.answers)
     assert comparison.logit_difference > 1
 
 
 def test_the_sample_is_what_its_script_draws(tmp_path, monkeypatch):
-    import sys
-
-    from dataset import make_dataset
-
-    monkeypatch.setattr(sys, "argv", ["make_dataset.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["make_dataset.py", "--output", str(tmp_path), "--train", "3", "--test", "3"])
     make_dataset.main()
-    for name in ("train.jsonl", "test.jsonl"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "dataset" / name).read_bytes()
-    titles = [{r["expected"] for r in read_rows(tmp_path / f"{name}.jsonl")} for name in ("train", "test")]
-    assert len(titles[0]) == 24
-    assert len(titles[1]) == 8
-    assert not titles[0] & titles[1]
+    for name in ("train", "test", "train-invoices", "test-invoices", "test-reading"):
+        drawn = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert drawn == (ROOT / f"dataset/{name}.jsonl").read_text().splitlines()[:3]
+    for picture in tmp_path.glob("*.png"):
+        with Image.open(picture) as drawn, Image.open(ROOT / "dataset" / picture.name) as kept:
+            assert list(drawn.convert("L").getdata()) == list(kept.convert("L").getdata())
+
+
+def test_nothing_of_the_samples_test_pages_occurs_in_its_training():
+    expected = {name: [r["expected"] for r in read_rows(ROOT / f"dataset/{name}.jsonl")] for name in SAMPLE}
+    assert {name: len(answers) for name, answers in expected.items()} == SAMPLE
+    assert not set(expected["train"]) & set(expected["test"])
+    for field in ("number", "date", "total"):
+        values = [{json.loads(a)[field] for a in expected[name]} for name in ("train-invoices", "test-invoices")]
+        assert not values[0] & values[1]
+        # Nor in what the base was pre-trained on.
+        assert all(map(reserved, values[1]))
+    assert all(map(reserved, expected["test"]))

@@ -153,5 +153,5 @@ def test_another_models_adapter_is_refused(save_adapter):
         Adapter(folder).merge_into(load_base(TINY, CPU), torch.float32)
     wide = {name: torch.ones(4, 999) if "lora_A" in name else tensor for name, tensor in weights.items()}
     save_file(wide, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"is \(128, 999\) here but \(128, 384\) in the base"):
+    with pytest.raises(UserError, match=r"is \(256, 999\) here but \(256, 768\) in the base"):
         Adapter(folder).merge_into(load_base(TINY, CPU), torch.float32)

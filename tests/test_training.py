@@ -173,7 +173,7 @@ def test_each_lora_layer_has_seeds_of_its_own(make_trainer):
     layers = [module for module in trainer.model.modules() if isinstance(module, LoraLinear)]
     trainer.seeds.draw()
     seeds = [layer.seed.item() for layer in layers]
-    assert len(set(seeds)) == len(layers) == 21
+    assert len(set(seeds)) == len(layers) == 28
     torch.manual_seed(7)
     trainer.seeds.draw()
     first = [layer.seed.item() for layer in layers]
@@ -252,7 +252,7 @@ def trainer_callback():
 
 def test_gradients_do_not_depend_on_how_a_batch_is_split(make_trainer):
     whole, loss = gradients_of_a_step(make_trainer, 4, 1)
-    assert len(whole) == 2 * (21 + 14 + 3)
+    assert len(whole) == 2 * (28 + 28 + 3)
     for batch_size, accumulation in ((2, 2), (1, 4)):
         split, split_loss = gradients_of_a_step(make_trainer, batch_size, accumulation)
         assert split_loss == pytest.approx(loss, rel=1e-5)
@@ -267,7 +267,7 @@ def test_only_the_adapter_learns(make_trainer):
 
 
 LAYERS = "model.language_model.layers"
-LAST = [f"{LAYERS}.2.{name}" for name in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")]
+LAST = [f"{LAYERS}.3.{name}" for name in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")]
 
 
 def adapted_layers(**arguments) -> list[str]:
@@ -277,12 +277,12 @@ def adapted_layers(**arguments) -> list[str]:
 
 def test_all_linear_layers_of_the_text_model_are_adapted():
     names = adapted_layers()
-    assert len(names) == 21
+    assert len(names) == 28
     assert all(name.startswith(LAYERS) for name in names)
 
 
 def test_the_vision_tower_and_the_projector_are_adapted_when_asked_for():
-    assert sum(".vision_tower." in name for name in adapted_layers(vision_lora=True)) == 14
+    assert sum(".vision_tower." in name for name in adapted_layers(vision_lora=True)) == 28
     names = adapted_layers(train_projector=True)
     assert [name for name in names if LAYERS not in name] == [
         "model.multi_modal_projector.linear_1",
@@ -294,10 +294,10 @@ def test_the_vision_tower_and_the_projector_are_adapted_when_asked_for():
 def test_truncation_counts_linear_layers_from_either_end():
     first = [f"{LAYERS}.0.self_attn.{name}" for name in ("k_proj", "q_proj")]
     assert adapted_layers(num_lora_modules=3) == LAST
-    assert adapted_layers(num_lora_modules=3, lora_modules_truncate_offset=7) == [n.replace("2.m", "1.m") for n in LAST]
+    assert adapted_layers(num_lora_modules=3, lora_modules_truncate_offset=7) == [n.replace("3.m", "2.m") for n in LAST]
     assert adapted_layers(num_lora_modules=2, lora_modules_truncate_tail=True) == first
     names = adapted_layers(num_lora_modules=3, lora_modules_truncate_tail=True, lora_modules_truncate_offset=4)
-    assert names == [n.replace("2.m", "0.m") for n in LAST]
+    assert names == [n.replace("3.m", "0.m") for n in LAST]
 
 
 def test_rank_alpha_dropout_and_dora_reach_the_layers():
@@ -313,15 +313,15 @@ def test_rank_alpha_dropout_and_dora_reach_the_layers():
 
 def test_truncation_that_does_not_fit_is_refused():
     model = load_base(TINY, torch.device("cpu"))
-    with pytest.raises(UserError, match="the text model has 21 linear layers"):
-        target_modules(model, LoraArguments(num_lora_modules=20, lora_modules_truncate_offset=2))
+    with pytest.raises(UserError, match="the text model has 28 linear layers"):
+        target_modules(model, LoraArguments(num_lora_modules=27, lora_modules_truncate_offset=2))
 
 
 def test_learning_rates_of_parts(make_trainer):
     trainer = make_trainer(learning_rate=1e-3)
     trainer.learning_rates = {"vision_tower": 1e-5, "multi_modal_projector": 1e-4}
     groups = trainer.create_optimizer().param_groups
-    assert {group["lr"]: len(group["params"]) for group in groups} == {1e-3: 42, 1e-5: 28, 1e-4: 6}
+    assert {group["lr"]: len(group["params"]) for group in groups} == {1e-3: 56, 1e-5: 56, 1e-4: 6}
 
 
 def test_a_part_that_learns_nothing_stops_the_run(make_trainer):
@@ -482,4 +482,4 @@ def test_the_run_folder_holds_what_made_it(pages, train_tiny):
     assert set(made["versions"]) >= {"python", "torch", "transformers", "peft"}
     assert not list(run.glob(".*"))
     model = PeftModel.from_pretrained(load_base(TINY, torch.device("cpu")), run)
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 35
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 56

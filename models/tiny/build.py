@@ -1,10 +1,10 @@
-"""Build the embedded base: a Mistral3 with random weights in the file layout of Mistral-Small-3.1's hub repository.
+"""Build all of the embedded base but its weights, in the file layout of Mistral-Small-3.1's hub repository.
 
     python -m models.tiny.build [--output models/tiny] [--tekken tekken_240911.json]
 
-It exists so that every step runs with no GPU, no token and no download. The faults of the hub repository are kept on
-purpose, because the toolkit has to cope with them: `tokenizer.json` has the wrong pre-tokenizer pattern (transformers
-issue 42299) and adds <s> by itself, and `chat_template.json` adds a default system message with today's date.
+The weights come from `pretrain.py`. The faults of the hub repository are kept on purpose, because the toolkit has to
+cope with them: `tokenizer.json` has the wrong pre-tokenizer pattern (transformers issue 42299) and adds <s> by itself,
+and `chat_template.json` adds a default system message with today's date.
 
 The vocabulary is the start of a real Tekken file: 32 control tokens and the first 4,064 ranks. A cut of a ranked BPE
 vocabulary is a valid one, and mistral-common and tokenizers agree on it. The file comes with mistral-common.
@@ -12,9 +12,9 @@ vocabulary is a valid one, and mistral-common and tokenizers agree on it. The fi
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
+CONTROLS = 32  # ids below are control tokens
 IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 PATCH_SIZE, MERGE_SIZE, LONGEST_EDGE = 14, 2, 1540
@@ -58,29 +58,27 @@ today + "." %}
 
 
 def tiny_config():
-    """A Mistral3 of 2 million parameters."""
+    """A Mistral3 of 7.5 million parameters."""
     return mistral3_config(
         text=dict(
-            hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=32, vocab_size=4096, max_position_embeddings=32768, rope_theta=1e6,
+            hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, vocab_size=4096, max_position_embeddings=32768, rope_theta=1e6,
         ),
-        vision=dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=3, head_dim=32),
-        # The head stays frozen: with the usual 0.02 its logits are too small for a low loss, whatever is learned.
-        initializer_range=0.12,
+        vision=dict(hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6, head_dim=32),
     )  # fmt: skip
 
 
-def mistral3_config(text: dict, vision: dict, initializer_range: float = 0.02):
+def mistral3_config(text: dict, vision: dict):
     """A `Mistral3Config` with the given sizes and, for the rest, the values of Mistral-Small-3.1."""
     from transformers import Mistral3Config
 
     text = dict(
         model_type="mistral", rms_norm_eps=1e-5, hidden_act="silu", sliding_window=None, bos_token_id=1, eos_token_id=2,
-        initializer_range=initializer_range, tie_word_embeddings=False, **text,
+        tie_word_embeddings=False, **text,
     )  # fmt: skip
     vision = dict(
         model_type="pixtral", patch_size=PATCH_SIZE, image_size=LONGEST_EDGE, hidden_act="silu", rope_theta=1e4,
-        initializer_range=initializer_range, **vision,
+        **vision,
     )  # fmt: skip
     return Mistral3Config(
         text_config=text, vision_config=vision, image_token_index=10, spatial_merge_size=MERGE_SIZE,
@@ -90,21 +88,25 @@ def mistral3_config(text: dict, vision: dict, initializer_range: float = 0.02):
 
 
 def write_weights(folder: Path, config, seed: int, max_shard_size: str, device: str = "cpu") -> None:
-    """Write config.json, generation_config.json and random bf16 shards under the hub's key names."""
+    """Write config.json and random bf16 shards under the hub's key names."""
     import torch
     from transformers import Mistral3ForConditionalGeneration
 
     torch.manual_seed(seed)
     with torch.device(device):
         model = Mistral3ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    save_weights(model, folder, max_shard_size)
+
+
+def save_weights(model, folder: Path, max_shard_size: str) -> None:
+    """Write a model's shards, config.json and generation_config.json as they stand on the hub."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    config_json = json.loads((folder / "config.json").read_text())
     # What the hub says. transformers mends the tokenizer only beside a config that is older than 5.0.
-    config_json["transformers_version"] = "4.50.0.dev0"
-    write_json(folder / "config.json", config_json)
+    version = {"transformers_version": "4.50.0.dev0"}
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | version)
     write_json(
         folder / "generation_config.json",
-        {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.50.0.dev0"},
+        {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2} | version,
     )
 
 
@@ -198,15 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write")
     parser.add_argument("--tekken", type=Path, help="Tekken file to cut (default: mistral-common's)")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for shard in args.output.glob("*.safetensors*"):
-        shard.unlink()
-    write_tokenizer(args.output, args.tekken or find_tekken(), control_tokens=32, vocab_size=4096)
-    write_weights(args.output, tiny_config(), args.seed, max_shard_size="3MB")
-    shutil.rmtree(args.output / "__pycache__", ignore_errors=True)
+    write_tokenizer(args.output, args.tekken or find_tekken(), CONTROLS, vocab_size=4096)
 
 
 if __name__ == "__main__":
