@@ -97,4 +97,4 @@ echo "== Merge for production"
 echo "python -m merge_lora_weights $name merged/$name"
 
 echo "== Review the answers in the browser"
-echo "python -m server $name.jsonl -i dataset"
+echo "python -m server $name.jsonl -i $(dirname "$test_file") --compare base.jsonl"
