@@ -228,7 +228,8 @@ class ReviewApp:
         except Outdated:
             error = "this row was changed in another tab or window; nothing was overwritten"
             return JSONResponse({"error": error, "row": self._describe(row)}, 409)
-        return JSONResponse({"row": self._describe(row), "summary": self._summary(row)})
+        revision = self.desk.log.revision
+        return JSONResponse({"row": self._describe(row), "summary": self._summary(row), "revision": revision})
 
     async def export(self, request: Request) -> Response:
         """Write the corrected data set beside the file."""

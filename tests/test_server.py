@@ -1082,7 +1082,7 @@ class TestProcess:
         assert (tmp_path / "p.jsonl").stat().st_size > 5 * review_index.CHUNK_BYTES
         running = Server(tmp_path / "p.jsonl")
         try:
-            wait_for(lambda: running.get("/api/status")["ready"], 60)
+            wait_for(lambda: running.get("/api/status")["ready"], 240)
             assert running.get("/api/status")["rows"] == 150_000
             assert running.get("/api/view?show=errors&count=1")["total"] == 150_000
             assert running.get("/api/find?line=149999") == {"row": 149_998}

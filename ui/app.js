@@ -48,7 +48,8 @@ const state = {
   record: null,
   by: "words",
   editing: false,
-  busy: false,
+  busy: false, // a decision is on its way
+  moving: 0, // another row is on its way: a key pressed now is not meant for the one that is still shown
   undo: [], // what your decisions replaced: {row, generation, name, before, version}
   drafts: new Map(), // unsaved texts by the rows' keys
 };
@@ -134,8 +135,13 @@ async function go(place) {
   moves++;
   state.place = place;
   list.select(place);
-  const row = await withView(() => list.at(place));
-  if (row && state.place === place) await open(row.row);
+  state.moving++;
+  try {
+    const row = await withView(() => list.at(place));
+    if (row && state.place === place) await open(row.row);
+  } finally {
+    state.moving--;
+  }
 }
 
 async function open(row) {
@@ -224,7 +230,7 @@ async function openLink() {
 /** Save a decision about the shown row; true if it is saved. */
 async function decide(change, note) {
   const record = state.record;
-  if (!record || state.busy) return false;
+  if (!record || state.busy || state.moving) return false;
   const before = record.review;
   const saved = await save(record.row, record.generation, { ...before, ...change });
   if (!saved) return false;
@@ -239,6 +245,7 @@ async function save(row, generation, review) {
   try {
     const data = await post("review", { row, generation, ...review });
     list.update(data.summary);
+    if (data.revision === state.status.revision + 1) state.status.revision = data.revision; // our own: no news
     if (state.record?.row === row) show(data.row);
     poll();
     return data;
@@ -246,6 +253,7 @@ async function save(row, generation, review) {
     if (error.status === 409 && error.data.row) {
       // Somebody else was quicker: show theirs; a text that was typed stays in the editor.
       if (state.record?.row === row) show(error.data.row);
+      state.undo = state.undo.filter((other) => other.row !== row);
       list.refresh();
     }
     notify(`Not saved: ${error.message}`, "bad");
@@ -268,7 +276,7 @@ async function take() {
 }
 
 async function flag() {
-  if (!state.record) return;
+  if (!state.record || state.moving) return;
   const flagged = !state.record.review.flagged;
   await decide({ flagged }, flagged ? "Flagged." : "No longer flagged.");
 }
@@ -282,8 +290,8 @@ async function undo() {
     return notify("The file was replaced; what was decided before is kept.", "bad");
   }
   const saved = await save(last.row, last.generation, { ...last.before, version: last.version });
-  state.undo.pop();
   if (saved) {
+    state.undo.pop();
     // Earlier decisions about the same row are now older than what the log holds.
     for (const other of state.undo) if (other.row === last.row) other.version = saved.row.review.version;
     notify(`Undone: ${last.name}`);
@@ -307,7 +315,7 @@ function closeEditor() {
 }
 
 function edit() {
-  if (!state.record?.editable) return;
+  if (!state.record?.editable || state.moving) return;
   openEditor(state.record.expected ?? "");
   $("edited").focus();
 }

@@ -16,7 +16,8 @@ export class RowList {
     this.view = null;
     this.total = 0;
     this.place = -1;
-    this.blocks = new Map();
+    this.blocks = new Map(); // rows by block, or the promise of them
+    this.stale = new Map(); // what is shown until they are fetched again
     this.scroller.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(this.scroller);
   }
@@ -26,6 +27,7 @@ export class RowList {
     this.view = view;
     this.total = total;
     this.blocks = new Map();
+    this.stale = new Map();
     if (first.length >= Math.min(total, BLOCK)) this.blocks.set(0, first.slice(0, BLOCK));
     this.space.style.height = `${Math.min(total * HEIGHT, TALLEST)}px`;
     this.draw();
@@ -61,6 +63,7 @@ export class RowList {
 
   /** Forget what is known of all rows, and fetch those in sight again. */
   refresh() {
+    this.stale = this.blocks;
     this.blocks = new Map();
     this.draw();
   }
@@ -102,8 +105,10 @@ export class RowList {
     const last = Math.min(this.total, Math.floor(top) + seen + 4);
     const elements = [];
     for (let place = first; place < last; place++) {
-      const rows = this.blocks.get(Math.floor(place / BLOCK));
-      if (!rows) this.block(Math.floor(place / BLOCK)).catch(() => {});
+      const number = Math.floor(place / BLOCK);
+      let rows = this.blocks.get(number);
+      if (!rows) this.block(number).catch(() => {});
+      if (!Array.isArray(rows)) rows = this.stale.get(number);
       const element = this.element(place, Array.isArray(rows) ? rows[place % BLOCK] : null);
       element.style.top = `${this.scroller.scrollTop + (place - top) * HEIGHT}px`;
       elements.push(element);
