@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The recipe: train an adapter, answer the test set with it and with the base, score, and say how to merge. Edit the
-# settings and run it again.
+# The recipe: train an adapter, answer the test set with it and with the base, score, and say how to merge and how to
+# review. Edit the settings and run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -95,3 +95,6 @@ python -m score "$name.jsonl" --compare base.jsonl -e errors.jsonl --report repo
 
 echo "== Merge for production"
 echo "python -m merge_lora_weights $name merged/$name"
+
+echo "== Review the answers in the browser"
+echo "python -m server $name.jsonl -i $(dirname "$test_file") --compare base.jsonl"

@@ -24,6 +24,7 @@ from mistral_ft.images import ImageFitter, page_size
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.lora import Adapter
 from mistral_ft.model import check_model_folder, limit_gib, load_base
+from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
@@ -168,9 +169,6 @@ def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
     at_work = max(longest, MAX_PROMPT_TOKENS) * width + 3 * 2**30
     free = limit_gib(device) * 2**30 - weights - at_work
     return max(0, int(free)) // KeyValueCache.bytes_per_token(text, torch.bfloat16)
-
-
-PREDICTED = ("actual", "confidence", "finish_reason", "error")
 
 
 @dataclass(frozen=True)

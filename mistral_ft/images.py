@@ -102,13 +102,17 @@ def to_patches(pixels: np.ndarray, patch_size: int, cell_size: int) -> np.ndarra
     return np.ascontiguousarray(cut.transpose(1, 4, 2, 5, 0, 3, 6)).reshape(-1, 3 * patch_size**2)
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike, frame: int = 0) -> Image.Image:
     """Open, decode and turn upright one page, as RGB. Transparency becomes white paper.
+
+    Args:
+        frame: which page of a file that has several, such as a TIFF.
 
     Raises:
         ValueError: why it cannot be opened, in one line.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
+        image.seek(frame)
         image.load()
         # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
         return to_rgb(ImageOps.exif_transpose(image))
@@ -120,13 +124,18 @@ def page_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         ValueError: why it cannot be opened, in one line.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open a file with Pillow, its header read, its pixels not yet; what goes wrong becomes one line.
+
+    Raises:
+        ValueError: why it cannot be opened.
+    """
     name = str(path) if len(str(path)) < 300 else f"{str(path)[:300]}…"
     try:
         if os.path.exists(path) and not os.path.isfile(path):
