@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.tiny import pages
-from models.tiny.pages import CELL, Page
+from models.pretraining import pages
+from models.pretraining.pages import CELL, Page
 
 TITLE_QUESTION = "What is the title of the following document?"
 INVOICE_QUESTION = "Extract number, date and total as JSON."

@@ -15,7 +15,7 @@ from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from models.tiny.pages import reserved
+from models.pretraining.pages import reserved
 from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 
 IMAGES = ("--images_dir", ROOT / "dataset")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Mistral3ForConditionalGeneration
 
-from models.tiny import pages
+from models.pretraining import pages
+from models.pretraining.pretrain import PAD, STRIP, Reader, Writer
 from models.tiny.build import find_tekken
-from models.tiny.pretrain import PAD, STRIP, Reader, Writer
 from tests.conftest import TINY
 
 

@@ -2,7 +2,7 @@
 
     python -m models.tiny.build [--output models/tiny] [--tekken tekken_240911.json]
 
-The weights come from `pretrain.py`. The faults of the hub repository are kept on purpose, because the toolkit has to
+The weights come from `models.pretraining`. The faults of the hub repository are kept on purpose, because the toolkit has to
 cope with them: `tokenizer.json` has the wrong pre-tokenizer pattern (transformers issue 42299) and adds <s> by itself,
 and `chat_template.json` adds a default system message with today's date.
 

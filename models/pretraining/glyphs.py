@@ -1,6 +1,6 @@
 """Cut the characters that the sample's pages are printed with out of free fonts: glyphs.npz.
 
-    python -m models.tiny.glyphs --fonts FOLDER [--output models/tiny/glyphs.npz]
+    python -m models.pretraining.glyphs --fonts FOLDER [--output models/pretraining/glyphs.npz]
 
 FOLDER holds FAMILY-Regular.ttf and FAMILY-Bold.ttf for the families below. A page is put together from these pictures,
 on the CPU or on a GPU, and looks the same with every version of Pillow and FreeType.

@@ -1,6 +1,6 @@
 """Teach the embedded base to read: pages are drawn on the fly, and it transcribes the part that it is asked for.
 
-    python -m models.tiny.pretrain --output OUT --steps 13000          # 11.5 minutes of one H200
+    python -m models.pretraining.pretrain --output OUT --steps 13000          # 11.5 minutes of one H200
 
 Two losses are added. The language model's, on the answers to "Read the heading." and the like; and an auxiliary one on
 the image cells, without which reading hardly appears: each projected cell of 28 x 28 pixels must name the token that it
@@ -29,10 +29,10 @@ from torch.nn import functional as F
 
 from mistral_ft.model import patch_positions
 from mistral_ft.prompt import load_tokenizer
-from models.tiny import pages
+from models.pretraining import pages
+from models.pretraining.glyphs import CHARACTERS, GREYS
+from models.pretraining.pages import CELL, Line, Page
 from models.tiny.build import CONTROLS, IMAGE_MEAN, IMAGE_STD, find_tekken, save_weights, tiny_config
-from models.tiny.glyphs import CHARACTERS, GREYS
-from models.tiny.pages import CELL, Line, Page
 
 BOS, EOS, INST, INST_END, IMG, PAD, BREAK, END = 1, 2, 3, 4, 10, 11, 12, 13
 STRIP = (4, 10)  # rows and columns of cells
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="length of the whole training")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="length of this leg")
     parser.add_argument("--resume", type=Path, help="output folder of the leg before")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="model folder with tokenizer files")
+    parser.add_argument("--folder", type=Path, default=Path("models/tiny"), help="folder with tokenizer files")
     parser.add_argument(
         "--tekken", type=Path, default=None, help="whole Tekken file, for its words (default: mistral-common's)"
     )

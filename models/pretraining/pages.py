@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.tiny.glyphs import ENCODING, FAMILIES, GREYS, RULE, RULE_WIDTH, SIZES
+from models.pretraining.glyphs import ENCODING, FAMILIES, GREYS, RULE, RULE_WIDTH, SIZES
 
 CELL = 28  # pixels along the edge of one image token
 MONTHS = "January February March April May June July August September October November December".split()
