@@ -2,9 +2,9 @@
 
     python -m models.tiny.build [--output models/tiny] [--tekken tekken_240911.json]
 
-The weights come from `models.pretraining`. The faults of the hub repository are kept on purpose, because the toolkit has to
-cope with them: `tokenizer.json` has the wrong pre-tokenizer pattern (transformers issue 42299) and adds <s> by itself,
-and `chat_template.json` adds a default system message with today's date.
+The weights come from `models.pretraining`. The faults of the hub repository are kept on purpose, because the toolkit
+has to cope with them: `tokenizer.json` has the wrong pre-tokenizer pattern (transformers issue 42299) and adds <s> by
+itself, and `chat_template.json` adds a default system message with today's date.
 
 The vocabulary is the start of a real Tekken file: 32 control tokens and the first 4,064 ranks. A cut of a ranked BPE
 vocabulary is a valid one, and mistral-common and tokenizers agree on it. The file comes with mistral-common.
