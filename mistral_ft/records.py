@@ -183,7 +183,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
             return f"trailing comma at column {comma.start() + 1}: JSON allows none, remove it"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
         return f"the line ends in the middle of the record (column {len(text.rstrip())}): is the file cut off?"
-    return f"not JSON: {error.msg} at column {error.pos + 1}"
+    return f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}"
 
 
 def check_record(data: dict[str, Any], expected_required: bool = False) -> None:

@@ -420,7 +420,7 @@ class Tally:
 
     def summary(self, fitter: ImageFitter | None) -> Iterator[str]:
         """Lines for people: rows, images, and with a model tokens, the longest rows and the size pages are fed at."""
-        yield f"{self.rows:,} rows in {len(self.sources)} files, {self.images:,} images"
+        yield f"{self.rows:,} rows, {self.images:,} images"
         tokens = np.frombuffer(self._tokens, np.uint32).reshape(-1, 3)
         counted = np.flatnonzero(tokens[:, 0])
         if len(counted):
