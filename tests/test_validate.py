@@ -346,7 +346,7 @@ JSON = st.recursive(
 )
 WORDS = st.sampled_from(["user", "assistant", "system", "tool", "text", "image", "good.png", "{}", "</s>", ""]) | JSON
 PIECE = st.fixed_dictionaries(
-    {}, optional={key: WORDS for key in ("role", "type", "text", "image", "name", "arguments", "tool_call_id")}
+    {}, optional=dict.fromkeys(("role", "type", "text", "image", "name", "arguments", "tool_call_id"), WORDS)
 )
 MESSAGE_LIKE = st.fixed_dictionaries(
     {"role": WORDS},
