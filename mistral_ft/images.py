@@ -149,8 +149,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise ValueError(f"image {name} has more than {limit} million pixels; scale it down") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {name} cannot be opened: no image format that Pillow knows") from None
-    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    except Exception as error:  # a damaged file makes Pillow's readers raise anything, RuntimeError and IndexError too
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
         raise ValueError(f"image {name} cannot be opened: {reason}") from None
 
 

@@ -384,8 +384,8 @@ class Tally:
             return
         # What is in training and --eval both is a leak, not a duplicate.
         keys = np.frombuffer(self._record_key, np.uint64)
-        for part in (False, True):
-            for later, first in _pairs(np.where(self._is_eval() == part, keys, 0)):
+        for part in sorted({source.is_eval for source in self.sources}):
+            for later, first in _pairs(np.where(self._is_eval() == part, keys, np.uint64(0))):
                 yield self.place(later), Problem(DUPLICATE, f"the same record as {self.place(first)}; remove one")
         for later, first in _pairs(np.frombuffer(self._id_key, np.uint64)):
             yield self.place(later), Problem(SAME_ID, f"the id of line {self._line[first]} again; ids must differ")
@@ -393,7 +393,7 @@ class Tally:
     def _leaks(self) -> Iterator[tuple[str, Problem]]:
         if not self.rows:
             return
-        is_eval, rows = self._is_eval(), np.arange(self.rows)
+        is_eval, rows = self._is_eval(), np.arange(self.rows, dtype=np.uint32)
         leaks = _seen(np.frombuffer(self._record_key, np.uint64), rows, is_eval)
         page_rows = np.frombuffer(self._page_row, np.uint32)
         pages = _seen(np.frombuffer(self._page_key, np.uint64), page_rows, is_eval[page_rows])
@@ -463,10 +463,15 @@ def _pairs(keys: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _seen(keys: np.ndarray, rows: np.ndarray, is_eval: np.ndarray) -> dict[int, int]:
     """Row of --eval to the first row of training that has one of its keys; 0 is no key."""
+    asked = np.flatnonzero(is_eval & (keys != 0))
+    if not len(asked) or is_eval.all():
+        return {}
     known, first = np.unique(keys[~is_eval], return_index=True)
-    asked = np.flatnonzero(is_eval & (keys != 0) & np.isin(keys, known))
-    train_rows = rows[~is_eval]
-    return {int(rows[k]): int(train_rows[first[np.searchsorted(known, keys[k])]]) for k in asked[::-1]}
+    places = np.searchsorted(known, keys[asked]).clip(max=len(known) - 1)
+    found = known[places] == keys[asked]
+    train_rows = rows[~is_eval][first[places[found]]]
+    # Backwards, so that the first of a row's pages stays.
+    return dict(zip(rows[asked[found]].tolist()[::-1], train_rows.tolist()[::-1], strict=True))
 
 
 def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source: Source) -> str:

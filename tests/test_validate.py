@@ -58,6 +58,7 @@ def folder(tmp_path_factory):
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:300])
     Image.new("L", (80, 80)).save(folder / "cut.tif")
     (folder / "cut.tif").write_bytes((folder / "cut.tif").read_bytes()[:100])
+    (folder / "odd.dds").write_bytes(b"DDS " + struct.pack("<I", 124) + b"\0" * 120)
     Image.new("L", (4000, 1)).save(folder / "thin.png")
     Image.new("L", (84, 20)).save(folder / "low.png")
     Image.new("1", (5000, 100)).save(folder / "wide.png")
@@ -240,6 +241,10 @@ FAULTS = {
     "PNG without pixels": (shows("nodata.png"), "image {}/nodata.png cannot be opened: "),
     "JPEG cut off": (shows("cut.jpg"), "image {}/cut.jpg cannot be opened: "),
     "TIFF cut off": (shows("cut.tif"), "image {}/cut.tif cannot be opened: "),
+    "DDS of an unknown format": (
+        shows("odd.dds"),
+        "image {}/odd.dds cannot be opened: Unknown pixel format flags 0",
+    ),
     "image of 400 million pixels": (
         shows("bomb.png"),
         "image {}/bomb.png has more than 178 million pixels; scale it down",
