@@ -115,7 +115,8 @@ def open_image(path: str | os.PathLike, frame: int = 0) -> Image.Image:
         image.seek(frame)
         image.load()
         # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
+        return to_rgb(image)
 
 
 def page_size(path: str | os.PathLike) -> tuple[int, int]:
