@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
-from mistral_ft.records import read_records
+from mistral_ft.records import MAX_NEW_TOKENS, read_records
 
 
 def parse_arguments():
@@ -22,7 +22,12 @@ def parse_arguments():
     parser.add_argument("model", help="adapter folder (output/<name>), merged model folder, or hub id")
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
-    parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens an answer may have (default: 300)")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        help=f"tokens an answer may have (default: {MAX_NEW_TOKENS})",
+    )
     parser.add_argument("--batch_size", default="auto", help="records answered at once (default: auto, by GPU memory)")
     parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams (default: 1, greedy)")
     parser.add_argument("--temperature", type=float, help="sample answers at this temperature (default: greedy)")

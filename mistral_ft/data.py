@@ -12,7 +12,7 @@ import torch
 from mistral_ft.errors import RecordError, raise_all
 from mistral_ft.images import ImageFitter, open_image, to_patches
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder
+from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, length_problem
 from mistral_ft.records import Record
 
 
@@ -115,14 +115,9 @@ def measure_records(
         input_ids, labels = encode_record(encoder, record, found, with_answer=True)
         patches = merged * sum(rows * columns for rows, columns in found)
         sizes.append(RecordSize(len(input_ids), patches, len(labels) - labels.count(IGNORE_INDEX)))
-        if len(input_ids) > max_seq_length:
-            image_tokens = sum(rows * (columns + 1) for rows, columns in found)
-            errors.append(
-                record.error(
-                    f"{len(input_ids)} tokens ({image_tokens} of them for {len(found)} images) are more than "
-                    f"--max_seq_length {max_seq_length}; raise it, or shorten the record"
-                )
-            )
+        image_tokens = sum(rows * (columns + 1) for rows, columns in found)
+        if problem := length_problem(len(input_ids), image_tokens, len(found), max_seq_length):
+            errors.append(record.error(problem))
     raise_all(errors)
     return sizes
 

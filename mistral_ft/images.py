@@ -115,7 +115,8 @@ def open_image(path: str | os.PathLike, frame: int = 0) -> Image.Image:
         image.seek(frame)
         image.load()
         # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
+        return to_rgb(image)
 
 
 def page_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -149,8 +150,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise ValueError(f"image {name} has more than {limit} million pixels; scale it down") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {name} cannot be opened: no image format that Pillow knows") from None
-    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    except Exception as error:  # a damaged file makes Pillow's readers raise anything, RuntimeError and IndexError too
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
         raise ValueError(f"image {name} cannot be opened: {reason}") from None
 
 

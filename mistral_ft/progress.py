@@ -38,6 +38,11 @@ class Progress:
             parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
+    @staticmethod
+    def print(text: str) -> None:
+        """Print a line to stdout, above any bar that a terminal shows."""
+        tqdm.write(text)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         self.bar.close()

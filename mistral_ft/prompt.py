@@ -64,7 +64,7 @@ class ControlTokens:
     tool_content: int  # [TOOL_CONTENT]
 
 
-_CONTROL_TOKEN_NAMES = (
+CONTROL_TOKEN_NAMES = (
     "<s> </s> <pad> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [IMG] [IMG_BREAK] [IMG_END] [AVAILABLE_TOOLS] "
     "[/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CONTENT]"
 ).split()
@@ -81,8 +81,8 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        ids = [tokenizer.token_to_id(name) for name in _CONTROL_TOKEN_NAMES]
-        missing = [name for name, i in zip(_CONTROL_TOKEN_NAMES, ids, strict=True) if i is None]
+        ids = [tokenizer.token_to_id(name) for name in CONTROL_TOKEN_NAMES]
+        missing = [name for name, i in zip(CONTROL_TOKEN_NAMES, ids, strict=True) if i is None]
         if missing:
             raise UserError(
                 f"the tokenizer has no {', '.join(missing)}; supported are v7 Tekken models such as Mistral-Small-3.1"
@@ -183,6 +183,16 @@ class PromptEncoder:
         ids = ([control.image] * columns + [control.image_break]) * rows
         ids[-1] = control.image_end
         return ids
+
+
+def length_problem(tokens: int, image_tokens: int, images: int, max_seq_length: int) -> str | None:
+    """Why a record of so many tokens, `image_tokens` of them for its images, cannot be trained; None if it can."""
+    if tokens <= max_seq_length:
+        return None
+    return (
+        f"{tokens} tokens ({image_tokens} of them for {images} images) are more than --max_seq_length "
+        f"{max_seq_length}; raise it, or shorten the record"
+    )
 
 
 def _merge_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mistral_ft.errors import RecordError, UserError, raise_all
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def read_records(
     records: list[Record] = []
     errors: list[RecordError] = []
     for path in map(Path, paths):
-        folder = Path(images_dir) if images_dir is not None else path.parent
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
+        folder = find_images_dir(path, images_dir)
         before = len(records) + len(errors)
         for line, data in read_jsonl(path, errors):
             try:
@@ -85,6 +84,18 @@ def read_records(
             raise UserError(f"{path}: holds no record; expected one JSON object per line")
     raise_all(errors)
     return records
+
+
+def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | None = None) -> Path:
+    """The folder that a JSONL file's image paths are relative to: `images_dir`, or else the file's own.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    folder = Path(images_dir) if images_dir is not None else Path(path).parent
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
+    return folder
 
 
 def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
@@ -104,12 +115,7 @@ def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[t
     Raises:
         UserError: if the file cannot be read as one.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
+    with open_jsonl(path) as file:
         for line, raw in enumerate(file, 1):
             try:
                 data = parse_line(raw, first=line == 1)
@@ -118,6 +124,20 @@ def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[t
             else:
                 if data is not None:
                     yield line, data
+
+
+def open_jsonl(path: str | os.PathLike) -> BinaryIO:
+    """Open a JSONL file to read its lines as bytes.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return open(path, "rb")
 
 
 def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
@@ -134,16 +154,21 @@ def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
         if not text.strip():
             return None
         data = json.loads(text)
+        # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
+        half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
+    except ValueError:  # Python's limit against numbers that take minutes to read
+        raise ValueError("holds a number of more than 4300 digits") from None
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {_kind(data)}")
-    # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
-    if r"\ud" in text.lower() and any("\ud800" <= c <= "\udfff" for c in json.dumps(data, ensure_ascii=False)):
+    if half:
         raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
     return data
 
@@ -158,7 +183,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
             return f"trailing comma at column {comma.start() + 1}: JSON allows none, remove it"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
         return f"the line ends in the middle of the record (column {len(text.rstrip())}): is the file cut off?"
-    return f"not JSON: {error.msg} at column {error.pos + 1}"
+    return f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}"
 
 
 def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
@@ -235,7 +260,7 @@ def _check_tool_calls(calls: Any) -> None:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"`arguments` of {function['name']} are no JSON") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {_kind(arguments)}")

@@ -1,0 +1,110 @@
+"""Check data before a GPU is touched: read every line, open every image, name everything that is wrong.
+
+    python -m validate_data dataset/train.jsonl [--eval dataset/test.jsonl] [--model_id models/tiny]
+
+Problems are printed as `file:line: what`, warnings as `file:line: warning: what`, with a count of each kind at the
+end. Fatal is what train refuses. With --model_id, whose weights are not needed, rows are counted in tokens too: which
+are too long, which answers the tokenizer does not give back, what size pages are fed at.
+
+Exit code: 1 if anything is fatal, else 0; 2 if there was nothing to check.
+"""
+
+import contextlib
+from pathlib import Path
+
+from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.files import atomic_write, check_target
+
+
+def parse_arguments():
+    parser = ArgumentParser(prog="python -m validate_data", description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help="records to train on, all with `expected`")
+    parser.add_argument(
+        "--eval", nargs="+", default=[], metavar="FILE", help="records to predict, which training must not have seen"
+    )
+    parser.add_argument("--images_dir", help="folder that image paths are relative to (default: each file's own)")
+    parser.add_argument("--model_id", help="model to train, a hub id or a folder: count tokens as it does")
+    parser.add_argument("--max_seq_length", type=int, help="tokens a record may have, with --model_id (default: 32768)")
+    parser.add_argument("--write_clean", metavar="FILE", help="write the rows of FILE… that are not fatal to FILE")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows with the trained tokens marked")
+    args = parser.parse_args()
+    if not args.files and not args.eval:
+        parser.error("no FILE to check")
+    inputs = [*args.files, *args.eval]
+    if len({Path(path).resolve() for path in inputs}) < len(inputs):
+        parser.error("two of the files are the same one")
+    if args.model_id is None and (args.max_seq_length is not None or args.show):
+        parser.error("--max_seq_length and --show have no effect without --model_id")
+    if args.max_seq_length is not None and args.max_seq_length < 1:
+        parser.error(f"--max_seq_length {args.max_seq_length}: must be at least 1")
+    if args.show < 0:
+        parser.error(f"--show {args.show}: must not be negative")
+    if args.write_clean:
+        target = check_target(args.write_clean).resolve()
+        if target in {Path(path).resolve() for path in inputs}:
+            parser.error(f"--write_clean {args.write_clean}: is one of the files to check; give another name")
+        if not args.files:
+            parser.error("--write_clean has no effect without a FILE to train on")
+        if not args.images_dir and len({Path(path).resolve().parent for path in args.files}) > 1:
+            parser.error("--write_clean of files in several folders needs --images_dir, one for all images")
+    return args
+
+
+def main() -> int | None:
+    # 1. Arguments. What is imported later is not needed for --help.
+    args = parse_arguments()
+    from mistral_ft.hub import find_model_folder
+    from mistral_ft.images import ImageFitter
+    from mistral_ft.progress import Progress
+    from mistral_ft.prompt import PromptEncoder
+    from mistral_ft.records import find_images_dir
+    from mistral_ft.validation import Source, Tally, check_files, describe, mark_trained
+
+    sources = [
+        Source(Path(path), find_images_dir(path, args.images_dir), is_eval)
+        for is_eval, paths in ((False, args.files), (True, args.eval))
+        for path in paths
+    ]
+
+    # 2. The model's tokenizer and page settings.
+    folder = encoder = fitter = None
+    if args.model_id:
+        folder = find_model_folder(args.model_id, weights=False)
+        encoder, fitter = PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder)
+
+    # 3. Row by row, on all cores.
+    tally, shown, kept = Tally(sources), [], 0
+    with contextlib.ExitStack() as files:
+        clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
+        rows = files.enter_context(contextlib.closing(check_files(sources, folder, args.max_seq_length or 32768)))
+        for source, line, raw, checked in rows:
+            problems = tally.add(source, line, checked)
+            for problem in problems:
+                Progress.print(describe(f"{source.path}:{line}", problem))
+            if any(problem.kind.fatal for problem in problems):
+                continue
+            if len(shown) < args.show:
+                shown.append((source, line, raw))
+            if clean and not source.is_eval:
+                clean.write(raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n")
+                kept += 1
+
+    # 4. Row against row: duplicates, pages that training and --eval share, formats.
+    for place, problem in tally.compare_rows():
+        print(describe(place, problem))
+
+    # 5. What it comes to.
+    for source, line, raw in shown:
+        print(f"{source.path}:{line}: {mark_trained(encoder, fitter, raw, source)}")
+    for text in (*tally.summary(fitter), *tally.verdict()):
+        print(text)
+    if args.write_clean:
+        print(f"{kept:,} rows in {args.write_clean}")
+        images_dir = sources[0].images_dir
+        if tally.images and images_dir.resolve() != Path(args.write_clean).resolve().parent:
+            print(f"Use it with --images_dir {images_dir}")
+    return 1 if tally.fatal else 0
+
+
+if __name__ == "__main__":
+    run_step(main)
