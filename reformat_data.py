@@ -4,13 +4,14 @@
 
 IN is JSONL or one JSON array: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
 Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
-and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be converted
-are left out, and said with their lines and reasons; the exit code is 0 unless nothing could be written.
+and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
+converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
 """
 
 import contextlib
 import itertools
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str
     """
     for image in images:
         if image not in hashes:
-            if not image.is_file():
+            if not os.path.isfile(image):
                 raise ValueError(f"image {image} does not exist, and --split compares the pages")
             hashes[image] = sha256_file(image)
     return [hashes[image] for image in images] or [json.dumps(record["messages"], sort_keys=True)]
@@ -313,6 +314,7 @@ def main() -> None:
 
     # 5. What became of the rows.
     left = f", {rows.unwanted} left out by --where" if rows.unwanted else ""
+    left += ", the rest by --limit" if written == args.limit else ""
     print(f"{rows.count + len(rows.unreadable)} rows read, {written} written, {dropped.count()} dropped{left}")
     dropped.print(rows.unit)
     if fields.count():

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,6 @@ def _decode(url: str) -> bytes:
 def _read(url: str) -> bytes:
     parts = urlsplit(url)
     path = Path(unquote(parts.path))
-    if parts.netloc not in ("", "localhost") or not path.is_file():
+    if parts.netloc not in ("", "localhost") or not os.path.isfile(path):
         raise ValueError(f"image {url[:200]} does not exist")
     return path.read_bytes()

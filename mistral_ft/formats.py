@@ -80,7 +80,7 @@ def _native(row: Row) -> Conversation:
 def _alpaca(row: Row) -> Conversation:
     prompt, extra = _text(row, "instruction"), _text(row | {"input": row.get("input") or ""}, "input")
     messages = _system(row)
-    for pair in row.get("history") or []:
+    for pair in _list(row, "history") if row.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError("`history` must be a list of [question, answer] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -108,7 +108,7 @@ def _conversations(row: Row) -> Conversation:
     for number, turn in enumerate(_list(row, "conversations"), 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {number}: expected an object with `from` and a string `value`")
-        if turn.get("from") not in SPEAKERS:
+        if turn.get("from") not in list(SPEAKERS):  # which may be no string
             raise ValueError(f"turn {number}: unknown `from` {turn.get('from')!r}; expected {', '.join(SPEAKERS)}")
         messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
     return *_answered(messages), {"conversations", "system"}
@@ -207,7 +207,7 @@ def _text(row: Row, name: str) -> str:
 def _list(row: Row, name: str) -> list:
     value = row.get(name)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"no `{name}`" if value is None else f"`{name}` must be a list of at least one message")
+        raise ValueError(f"no `{name}`" if value is None else f"`{name}` must be a list with something in it")
     return value
 
 

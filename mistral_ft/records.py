@@ -9,12 +9,14 @@ user's and travel through predict untouched.
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import RecordError, UserError, raise_all
+from mistral_ft.formats import possible_formats
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -78,13 +80,22 @@ def read_records(
             try:
                 check_record(data, expected_required)
             except ValueError as error:
-                errors.append(RecordError(path, line, str(error)))
+                errors.append(RecordError(path, line, f"{error}{_how_to_convert(path, data)}"))
             else:
                 records.append(Record(path, line, data, folder))
         if len(records) + len(errors) == before:
             raise UserError(f"{path}: holds no record; expected one JSON object per line")
     raise_all(errors)
     return records
+
+
+def _how_to_convert(path: Path, data: dict[str, Any]) -> str:
+    """The command for rows that other toolkits write."""
+    form = next(iter(possible_formats(data)), "native")
+    if form == "native":
+        return ""
+    command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"
+    return f"; this looks like a row of format {form}, which becomes a record by: {command}"
 
 
 def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
