@@ -9,6 +9,7 @@ converted are left out, and named with the reason; the exit code is 0 unless not
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -165,7 +166,9 @@ def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str
             if not os.path.isfile(image):
                 raise ValueError(f"image {image} does not exist, and --split compares the pages")
             hashes[image] = sha256_file(image)
-    return [hashes[image] for image in images] or [json.dumps(record["messages"], sort_keys=True)]
+    return [hashes[image] for image in images] or [
+        hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()
+    ]
 
 
 def group_key(row: dict[str, Any], group: str | None) -> list[str]:
