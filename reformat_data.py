@@ -187,6 +187,7 @@ class Rows:
     Attributes:
         unit: what their numbers count.
         unreadable: lines that hold no row.
+        total: lines or rows of the file.
         count: rows that were read.
         unwanted: how many of them --where leaves out.
     """
@@ -197,23 +198,25 @@ class Rows:
         self._where = where
         if is_array(path):
             values = load_array(path)
-            self.unit, total = "row", len(values)
+            self.unit, self.total = "row", len(values)
             self._rows = check_array(path, values, self.unreadable)
         else:
             with open(path, "rb") as file:
-                self.unit, total = "line", sum(1 for _ in file)
+                self.unit, self.total = "line", sum(1 for _ in file)
             self._rows = read_jsonl(path, self.unreadable)
-        self._progress = Progress("converting", total, "row")
+
+    @property
+    def seen(self) -> int:
+        """How many rows were read, good and bad."""
+        return self.count + len(self.unreadable)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in self._rows:
-            self._progress.update()
             self.count += 1
             if all(has_value(row, field, value) for field, value in self._where):
                 yield number, row
             else:
                 self.unwanted += 1
-        self._progress.close()
 
 
 class Reasons:
@@ -273,7 +276,10 @@ def main() -> None:
         spool = outputs[0]
         if split:
             spool = files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir))
+        progress = Progress("converting", rows.total, "row")
+        files.callback(progress.close)
         for line, row in itertools.chain(first, wanted):
+            progress.update(rows.seen - progress.done)
             if args.format == "auto":
                 check_format(args.input, line, possible_formats(row, args.columns), form)
             try:
@@ -318,7 +324,7 @@ def main() -> None:
     # 5. What became of the rows.
     left = f", {rows.unwanted} left out by --where" if rows.unwanted else ""
     left += ", the rest by --limit" if written == args.limit else ""
-    print(f"{rows.count + len(rows.unreadable)} rows read, {written} written, {dropped.count()} dropped{left}")
+    print(f"{rows.seen} rows read, {written} written, {dropped.count()} dropped{left}")
     dropped.print(rows.unit)
     if fields.count():
         print("Fields left out:")

@@ -45,7 +45,7 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
             return ["native"]
         last = messages[-1]
         answered = isinstance(last, dict) and last.get("role") == "assistant"
-        return ["openai"] if answered or "image_url" in json.dumps(messages) else ["native", "openai"]
+        return ["openai"] if answered or any(map(_has_url_parts, messages)) else ["native", "openai"]
     if "instruction" in row and "output" in row:
         return ["alpaca"]
     if any(prompt in row and answer in row for prompt, answer in COLUMNS):
@@ -53,6 +53,11 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
     if isinstance(row.get("text"), str) and TURN.match(SYSTEM_PROMPT.sub("", row["text"], count=1)):
         return ["inst"]
     return []
+
+
+def _has_url_parts(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else None
+    return isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == "image_url" for p in content)
 
 
 def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple[Row, list[str]]:
