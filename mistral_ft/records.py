@@ -9,12 +9,14 @@ user's and travel through predict untouched.
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mistral_ft.errors import RecordError, UserError, raise_all
+from mistral_ft.formats import possible_formats
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -77,7 +79,7 @@ def read_records(
             try:
                 check_record(data, expected_required)
             except ValueError as error:
-                errors.append(RecordError(path, line, str(error)))
+                errors.append(RecordError(path, line, f"{error}{how_to_convert(path, data)}"))
             else:
                 records.append(Record(path, line, data, folder))
         if len(records) + len(errors) == before:
@@ -96,6 +98,15 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
     return folder
+
+
+def how_to_convert(path: Path, data: dict[str, Any]) -> str:
+    """What to add to the reason why a row is no record: the command, if it is one that other toolkits write."""
+    form = next(iter(possible_formats(data)), "native")
+    if form == "native":
+        return ""
+    command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"
+    return f"; this looks like a row of format {form}, which becomes a record by: {command}"
 
 
 def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:

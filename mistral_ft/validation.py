@@ -31,6 +31,7 @@ from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, 
 from mistral_ft.records import (
     MAX_NEW_TOKENS,
     check_record,
+    how_to_convert,
     image_blocks,
     open_jsonl,
     parse_line,
@@ -135,6 +136,9 @@ class RowChecker:
             return None
         try:
             check_record(data, expected_required=not source.is_eval)
+        except ValueError as error:
+            return Checked([Problem(RECORD, f"{error}{how_to_convert(source.path, data)}")])
+        try:
             return self._check_record(data, source)
         except ValueError as error:
             return Checked([Problem(RECORD, str(error))])

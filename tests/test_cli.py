@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 
-STEPS = ["train", "predict", "score", "merge_lora_weights", "server", "validate_data"]
+STEPS = ["train", "predict", "score", "merge_lora_weights", "server", "validate_data", "reformat_data"]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -1,0 +1,341 @@
+"""Turn rows of another toolkit's format into this one's records, keep a part of them, split them for train and test.
+
+    python -m reformat_data alpaca.json records.jsonl [--split 0.9] [--where FIELD=VALUE] [--limit N]
+
+IN is JSONL or one JSON array: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
+Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
+and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
+converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mistral_ft.embedded_images import ImageFolder
+from mistral_ft.errors import ArgumentParser, RecordError, UserError, run_step
+from mistral_ft.files import atomic_write, check_target, sha256_file
+from mistral_ft.formats import FORMATS, convert, possible_formats
+from mistral_ft.progress import Progress
+from mistral_ft.records import check_record, image_blocks, parse_line, read_jsonl
+from mistral_ft.splitting import Splitter
+
+FIRST_ROWS = 100  # that the format is told by
+LINES_SHOWN = 5  # of the rows left out for one reason
+
+
+def parse_arguments():
+    parser = ArgumentParser(prog="python -m reformat_data", description=__doc__.split("\n\n")[0])
+    parser.add_argument("input", metavar="IN", type=Path, help="JSONL file, or one JSON array")
+    parser.add_argument("output", metavar="OUT", type=Path, help="JSONL file of records to write")
+    parser.add_argument(
+        "--format", choices=("auto", *FORMATS), default="auto", help="of IN (default: by its first rows)"
+    )
+    parser.add_argument(
+        "--map",
+        action="append",
+        metavar="PART=COLUMN",
+        help="which column is `prompt`, `answer`, `image`; once for each",
+    )
+    parser.add_argument(
+        "--images_dir", type=Path, help="folder that IN's image paths are relative to (default: its own)"
+    )
+    parser.add_argument("--split", type=float, metavar="SHARE", help="this share for training, the others for testing")
+    parser.add_argument("--seed", type=int, help="of the split (default: 0)")
+    parser.add_argument("--group", metavar="FIELD", help="rows with the same FIELD stay on one side of the split")
+    parser.add_argument(
+        "--where", action="append", metavar="FIELD=VALUE", help="keep only rows with this value; a.b for nested fields"
+    )
+    parser.add_argument("--limit", type=int, help="write only the first LIMIT records (default: all)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args()
+    for name in ("map", "where"):
+        pairs = [pair.partition("=") for pair in getattr(args, name) or []]
+        if not all(field and equals for field, equals, _ in pairs):
+            parser.error(f"--{name} takes NAME=VALUE")
+        setattr(args, name, [(field, value) for field, _, value in pairs])
+    args.columns = dict(args.map) or None
+    if args.columns and (not {"prompt", "answer"} <= args.columns.keys() <= {"prompt", "answer", "image"}):
+        parser.error("--map needs prompt=COLUMN and answer=COLUMN, and takes image=COLUMN beside them")
+    if args.columns and args.format not in ("auto", "columns"):
+        parser.error(f"--map has no effect with --format {args.format}")
+    if args.split is not None and not 0 < args.split < 1:
+        parser.error(f"--split {args.split:g}: must be a share between 0 and 1")
+    if args.split is None and (args.seed is not None or args.group):
+        parser.error("--seed and --group have no effect without --split")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: must be at least 1")
+    return args
+
+
+def find_targets(args) -> list[Path]:
+    """The files to write, which must be none that is there."""
+    names = [f"{args.output.stem}.{part}.jsonl" for part in ("train", "test")]
+    targets = [args.output] if args.split is None else [args.output.with_name(name) for name in names]
+    for target in map(check_target, targets):
+        if target.exists() and target.samefile(args.input):
+            raise UserError(f"{target}: is the input itself; give another file")
+        if target.exists() and not args.overwrite:
+            raise UserError(f"{target}: is there already; give another file, or --overwrite")
+    return targets
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file is one JSON array, by its first character; a byte order mark and blank lines aside."""
+    with open(path, "rb") as file:
+        starts = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+        return next(filter(None, starts), b"").startswith(b"[")
+
+
+def load_array(path: Path) -> list[Any]:
+    """The values of a file that is one JSON array."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def check_array(path: Path, values: list[Any], errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(Number, value) of each value that is an object; the others go to `errors`."""
+    for number, value in enumerate(values, 1):
+        try:
+            yield number, parse_line(json.dumps(value).encode())
+        except ValueError as error:
+            errors.append(RecordError(path, number, str(error)))
+
+
+def has_value(row: dict[str, Any], field: str, value: str) -> bool:
+    """Whether a field, a.b for nested ones, has a value as the command line spells it."""
+    found = look_up(row, field)
+    return found == value if isinstance(found, str) else found is not None and json.dumps(found) == value
+
+
+def look_up(row: dict[str, Any], field: str) -> Any:
+    """A field's value, a.b for nested ones; None if there is none."""
+    for name in field.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def find_format(path: Path, rows: list[tuple[int, dict[str, Any]]], columns: dict[str, str] | None) -> str:
+    """The format that all of the first rows may have; those of no known format are reported later, by line.
+
+    Raises:
+        UserError: if there is none.
+    """
+    left: list[str] = []
+    for line, row in rows:
+        possible = possible_formats(row, columns)
+        both = [form for form in left if form in possible]
+        if left and not both:
+            check_format(path, line, possible, left[0])
+        left = both or left or possible
+    if not left:
+        names = ", ".join(list(rows[0][1])[:8])
+        raise UserError(
+            f"{path}:{rows[0][0]}: a row of no known format, with the fields {names}; "
+            f"name its columns: --map prompt=COLUMN --map answer=COLUMN"
+        )
+    return left[0]
+
+
+def check_format(path: Path, line: int, possible: list[str], form: str) -> None:
+    """Raises UserError if a row is of another known format than the file's."""
+    if possible and form not in possible:
+        raise UserError(
+            f"{path}:{line}: a row of format {possible[0]} among rows of format {form}; put them into files of their "
+            f"own, or say --format {form} to leave such rows out"
+        )
+
+
+def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str]) -> list[str]:
+    """What makes a record show the same page as another: its images' contents, without images its messages.
+
+    Raises:
+        ValueError: if an image does not exist.
+    """
+    for image in images:
+        if image not in hashes:
+            if not os.path.isfile(image):
+                raise ValueError(f"image {image} does not exist, and --split compares the pages")
+            hashes[image] = sha256_file(image)
+    return [hashes[image] for image in images] or [
+        hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()
+    ]
+
+
+def group_key(row: dict[str, Any], group: str | None) -> list[str]:
+    """The value that --group keeps together; raises ValueError if a row has none."""
+    if group is None:
+        return []
+    value = look_up(row, group)
+    if value is None:
+        raise ValueError(f"no `{group}`, which --group goes by")
+    return [f"group {json.dumps(value, sort_keys=True)}"]
+
+
+class Rows:
+    """The wanted rows of a file, read one by one.
+
+    Attributes:
+        unit: what their numbers count.
+        unreadable: lines that hold no row.
+        total: lines or rows of the file.
+        count: rows that were read.
+        unwanted: how many of them --where leaves out.
+    """
+
+    def __init__(self, path: Path, where: list[tuple[str, str]]):
+        self.unreadable: list[RecordError] = []
+        self.count = self.unwanted = 0
+        self._where = where
+        if is_array(path):
+            values = load_array(path)
+            self.unit, self.total = "row", len(values)
+            self._rows = check_array(path, values, self.unreadable)
+        else:
+            with open(path, "rb") as file:
+                self.unit, self.total = "line", sum(1 for _ in file)
+            self._rows = read_jsonl(path, self.unreadable)
+
+    @property
+    def seen(self) -> int:
+        """How many rows were read, good and bad."""
+        return self.count + len(self.unreadable)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, row in self._rows:
+            self.count += 1
+            if all(has_value(row, field, value) for field, value in self._where):
+                yield number, row
+            else:
+                self.unwanted += 1
+
+
+class Reasons:
+    """Why rows or fields were left out, counted by reason."""
+
+    def __init__(self):
+        self._lines: dict[str, tuple[str, list[int]]] = {}
+
+    def add(self, reason: str, line: int) -> None:
+        """Count one; what differs from row to row, numbers and names in quotes or paths, makes no other reason."""
+        kind = re.sub(r"\d+|'[^']*'|\S*/\S*", "…", reason)
+        self._lines.setdefault(kind, (reason, []))[1].append(line)
+
+    def count(self) -> int:
+        return sum(len(lines) for _, lines in self._lines.values())
+
+    def print(self, unit: str) -> None:
+        """The commonest reason first, each in the words of its first row."""
+        for reason, lines in sorted(self._lines.values(), key=lambda found: -len(found[1])):
+            shown = ", ".join(map(str, lines[:LINES_SHOWN])) + (", …" if len(lines) > LINES_SHOWN else "")
+            print(f"  {len(lines)} × {reason} ({unit}{'s' if len(lines) > 1 else ''} {shown})")
+
+    def first(self) -> str:
+        reason, lines = next(iter(self._lines.values()))
+        return f"{lines[0]}: {reason}"
+
+
+def main() -> None:
+    # 1. Arguments, and where to write.
+    args = parse_arguments()
+    if not args.input.is_file():
+        raise UserError(f"{args.input}: {'is a folder; give a file' if args.input.is_dir() else 'no such file'}")
+    targets = find_targets(args)
+    images_dir, output_dir = args.images_dir or args.input.parent, args.output.parent
+    if not images_dir.is_dir():
+        raise UserError(f"{images_dir}: no such folder of images; give it with --images_dir")
+    same_folder = images_dir.resolve() == output_dir.resolve()
+
+    # 2. The wanted rows, and their format.
+    rows = Rows(args.input, args.where)
+    wanted = iter(rows)
+    first = list(itertools.islice(wanted, FIRST_ROWS))
+    if not first:
+        where = ", ".join(f"{field}={value}" for field, value in args.where)
+        why = f" with {where}" if rows.unwanted else f"; {rows.unreadable[0]}" if rows.unreadable else ""
+        raise UserError(f"{args.input}: holds no row{why}")
+    form = find_format(args.input, first, args.columns) if args.format == "auto" else args.format
+    print(f"{args.input}: rows of format {form}{', by its first rows' if args.format == 'auto' else ''}")
+
+    # 3. Record by record. The files get their names at the end, if nothing went wrong.
+    dropped, fields, splitter, hashes = Reasons(), Reasons(), Splitter(), {}
+    split, relative, written, sizes = args.split is not None, False, 0, []
+    with contextlib.ExitStack() as files:
+        embedded = files.enter_context(ImageFolder(output_dir / f"{args.output.stem}-images"))
+        outputs = [files.enter_context(atomic_write(target)) for target in targets]
+        # Which side of a split a record goes to is known when all are read.
+        spool = outputs[0]
+        if split:
+            spool = files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir))
+        progress = Progress("converting", rows.total, "row")
+        files.callback(progress.close)
+        for line, row in itertools.chain(first, wanted):
+            progress.update(rows.seen - progress.done)
+            if args.format == "auto":
+                check_format(args.input, line, possible_formats(row, args.columns), form)
+            try:
+                record, left_out = convert(row, form, args.columns)
+                record = {"id": f"{args.input.stem}-{line}"} | record
+                taken = embedded.take(record["messages"])
+                check_record(record)
+                images = image_blocks(record["messages"])
+                if split:
+                    paths = [(output_dir if image in taken else images_dir) / image for image in images]
+                    splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))
+            except ValueError as error:
+                dropped.add(str(error), line)
+                continue
+            relative |= any(not Path(image).is_absolute() for image in images if image not in taken)
+            if relative and embedded.used and not same_folder:
+                raise UserError(
+                    f"{args.input}:{line}: images come as files and within the rows; write OUT into {images_dir}, "
+                    "so that one folder holds both"
+                )
+            for field in left_out:
+                fields.add(f"`{field}`, a name that records use", line)
+            spool.write(json.dumps(record, ensure_ascii=False) + "\n")
+            written += 1
+            if written == args.limit:
+                break
+        for error in rows.unreadable:
+            dropped.add(error.reason, error.line)
+        if not written:
+            raise UserError(f"{args.input}: nothing to write, all rows were left out; {rows.unit} {dropped.first()}")
+
+        # 4. The two sides of the split.
+        if split:
+            sides = splitter.divide(args.split, args.seed or 0)
+            if len(set(sides)) == 1:
+                raise UserError(f"{args.input}: the {written} records cannot be split: they share pages or groups")
+            spool.seek(0)
+            for line, to_train in zip(spool, sides, strict=True):
+                outputs[not to_train].write(line)
+            sizes = [sum(sides), written - sum(sides)]
+
+    # 5. What became of the rows.
+    left = f", {rows.unwanted} left out by --where" if rows.unwanted else ""
+    left += ", the rest by --limit" if written == args.limit else ""
+    print(f"{rows.seen} rows read, {written} written, {dropped.count()} dropped{left}")
+    dropped.print(rows.unit)
+    if fields.count():
+        print("Fields left out:")
+        fields.print(rows.unit)
+    for target, size in zip(targets, sizes or [written], strict=True):
+        print(f"{size} records in {target}")
+    if embedded.used:
+        print(f"Images in {embedded.folder}")
+    if relative and not same_folder:
+        print(f"Image paths are relative to {images_dir}: give train and predict --images_dir {images_dir}")
+
+
+if __name__ == "__main__":
+    run_step(main)
