@@ -126,7 +126,8 @@ def page_size(path: str | os.PathLike) -> tuple[int, int]:
         ValueError: why it cannot be opened, in one line.
     """
     with opened(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # Pillow gives a TIFF's size upright.
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
@@ -141,7 +142,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
-        with Image.open(path) as image:
+        # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.
+        with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
         raise ValueError(f"image {name} does not exist") from None

@@ -99,6 +99,20 @@ def test_a_palette_with_a_transparent_entry_becomes_white(tmp_path):
     assert open_image(tmp_path / "a.png").getpixel((0, 0)) == WHITE
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "I;16"])
+def test_a_sideways_tiff_is_turned_upright(tmp_path, mode, compression):
+    dark = np.zeros((20, 30), bool)
+    dark[:5, :10] = True
+    stored = Image.fromarray(np.where(dark, 0, 65535).astype(np.uint16) if mode == "I;16" else ~dark)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored turned to the left
+    stored.convert(mode).save(tmp_path / "a.tif", exif=exif, compression=compression)
+    page = open_image(tmp_path / "a.tif")
+    assert page.size == page_size(tmp_path / "a.tif") == (20, 30)
+    assert np.array_equal(np.asarray(page)[..., 0] < 128, np.rot90(dark, -1))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pages_are_turned_upright(tmp_path, orientation):
     image = noise((30, 20))
