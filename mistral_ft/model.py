@@ -19,6 +19,7 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
 from mistral_ft.attention import PACKED
+from mistral_ft.distributed import world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 
@@ -108,8 +109,14 @@ def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(trained and torch.is_grad_enabled())
 
 
-def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForConditionalGeneration:
+def load_base(
+    folder: str | os.PathLike, device: torch.device, sharded: bool = False
+) -> Mistral3ForConditionalGeneration:
     """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
+
+    Args:
+        sharded: leave each of several processes a share of the text layers; the GPU never holds more than that and
+            one whole layer.
 
     Raises:
         UserError: if the folder holds no Mistral3 model, or lacks weights that the model needs.
@@ -120,7 +127,7 @@ def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForCon
         model, report = Mistral3ForConditionalGeneration.from_pretrained(
             folder,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            device_map={"": device} if device.type == "cuda" else None,
+            device_map={"": device} if device.type == "cuda" and not sharded else None,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
@@ -138,7 +145,32 @@ def load_base(folder: str | os.PathLike, device: torch.device) -> Mistral3ForCon
     # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
     model.model.__class__ = PageMistral3Model
     model.config.vision_config._attn_implementation = PACKED
+    if sharded:
+        shard_layers(model, device)
     return model
+
+
+def shard_layers(model: Mistral3ForConditionalGeneration, device: torch.device) -> None:
+    """Move a frozen model to the device, of each text layer this process's share (FSDP2).
+
+    Layers are made whole for the moment they run, in forward and in backward. The text layers are 93 % of the 24B;
+    embeddings, head, vision tower and projector stay whole. An adapter that is added later is whole too, so that it is
+    saved, resumed and optimised as on one GPU. (accelerate's FSDP would turn the base to fp32 and shard the adapter.)
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    text = model.model.language_model
+    mesh = init_device_mesh(device.type, (world_size(),))
+    model.requires_grad_(False)
+    for layer in text.layers:
+        fully_shard(layer.to(device), mesh=mesh)
+    # The root, which has the next layer fetched while one runs.
+    fully_shard(text, mesh=mesh, ignored_params={*text.embed_tokens.parameters(), *text.norm.parameters()})
+    for module in (text.embed_tokens, text.norm, text.rotary_emb, model.lm_head):
+        module.to(device)
+    model.model.vision_tower.to(device)
+    model.model.multi_modal_projector.to(device)
 
 
 def check_model_folder(folder: Path) -> None:
