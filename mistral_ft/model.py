@@ -19,7 +19,7 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
 from mistral_ft.attention import PACKED
-from mistral_ft.distributed import world_size
+from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 
@@ -223,9 +223,11 @@ def limit_gib(device: torch.device) -> float:
 
 
 def print_peak_memory(device: torch.device) -> None:
-    """Say how much memory torch had reserved on the GPU, at most; nothing on a CPU."""
+    """Say how much memory torch had reserved on the GPU, at most, of several processes on each; nothing on a CPU."""
     if device.type == "cuda":
-        print(f"Peak GPU memory {torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB")
+        peaks = gather(torch.cuda.max_memory_reserved(device) / 2**30)
+        each = f" (by process: {', '.join(f'{peak:.1f}' for peak in peaks)})" if len(peaks) > 1 else ""
+        print(f"Peak GPU memory {max(peaks):.1f} GiB{each}")
 
 
 def quiet_libraries() -> None:
