@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 Value = TypeVar("Value")
 
+# How long the others may be waited for, where no --ddp_timeout says so: torch's and transformers' own default.
+TIMEOUT_SECONDS = 1800
 # Seconds between two looks at how the others are, and those that a process has to clean up before it is ended.
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 10.0
 # The signal by which a process's watch asks its main thread to end, also out of a collective operation of gloo.
