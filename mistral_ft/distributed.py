@@ -41,7 +41,7 @@ def take_sharding() -> bool:
 def silence_others() -> None:
     """Only the first process has a stdout."""
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open
 
 
 def join(seconds: float, on_gpu: bool, backend: str | None = None) -> None:
