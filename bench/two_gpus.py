@@ -112,8 +112,8 @@ def rate(state: dict) -> float:
 def compare_losses(bench: Bench, steps: int) -> None:
     """models/tiny in fp32: the losses of two processes, whole and sharded, against those of one."""
     common = [
-        "--model_id", "models/tiny", "--dataset", "dataset/train.jsonl", "--learning_rate", "2e-3", "--max_steps", steps,
-        "--lora_dropout", 0, "--vision_lora", True, "--train_projector", True, "--compile", False, "--packing", False,
+        "--model_id", "models/tiny", "--dataset", "dataset/train.jsonl", "--max_steps", steps,
+        "--learning_rate", "2e-3", "--lora_dropout", 0, "--vision_lora", True, "--train_projector", True, "--compile", False, "--packing", False,
         "--save_strategy", "no", "--dataloader_num_workers", 0,
     ]  # fmt: skip
     module = "bench.two_gpus fp32"
@@ -124,8 +124,8 @@ def compare_losses(bench: Bench, steps: int) -> None:
             pairs = list(zip(losses(one), losses(two), strict=True))
             worst = max(abs(a - b) / a for a, b in pairs)
             bench.say(
-                f"{name}: {len(pairs)} losses, {pairs[0][0]:.6f} to {pairs[-1][0]:.6f} on one GPU, {pairs[0][1]:.6f} to "
-                f"{pairs[-1][1]:.6f} on two, largest relative difference {worst:.1e} (at most 1e-4: {worst <= 1e-4})"
+                f"{name}: {len(pairs)} losses, {pairs[0][0]:.6f} to {pairs[-1][0]:.6f} on one GPU, {pairs[0][1]:.6f} "
+                f"to {pairs[-1][1]:.6f} on two, largest relative difference {worst:.1e} (at most 1e-4: {worst <= 1e-4})"
             )
 
 

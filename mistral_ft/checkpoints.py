@@ -15,6 +15,8 @@ from mistral_ft.files import fsync_path, read_json, settle, sha256_file, write_j
 MANIFEST = "manifest.json"  # sizes and hashes of a checkpoint's files; written last
 # What Trainer writes beside it and nothing reads: its arguments, as a pickle.
 NEEDLESS = ("training_args.bin",)
+# How safetensors and torch pass on that the disk takes no more; torch has no error number.
+DISK_WORDS = ("No space left on device", "iostream error", "inline_container", "PytorchStreamWriter")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -97,9 +99,9 @@ def writing(run: Path, step: int, size: int, keep: int | None) -> Iterator[Path]
     except BaseException as error:
         if rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        text = str(error)
-        if (isinstance(error, OSError) and error.errno in DISK_FAULTS) or "No space left" in text or "iostream" in text:
-            raise UserError(f"{final}: cannot be written, the checkpoints before it are kept: {text}") from error
+        refused = isinstance(error, OSError) and error.errno in DISK_FAULTS
+        if refused or any(words in str(error) for words in DISK_WORDS):
+            raise UserError(f"{final}: cannot be written, the checkpoints before it are kept: {error}") from error
         raise
     if rank() == 0:
         shutil.rmtree(staging)

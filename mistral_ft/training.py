@@ -1,6 +1,7 @@
 """The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
 
 import math
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,8 +206,15 @@ class FinetuneTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Trainer's, which a signal ends at the next step, with a checkpoint."""
+        run, saves = Path(self.args.output_dir), self.args.save_strategy != "no" or self.timer.seconds is not None
+        if saves and rank() == 0:
+            checkpoints.check_room(run, 2 * self.checkpoint_bytes())  # a new one is written before an old one goes
         with self.stop:
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except pickle.UnpicklingError:
+                checkpoint = kwargs["resume_from_checkpoint"]
+                raise UserError(f"{checkpoint}: holds something other than numbers, which is not opened") from None
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
