@@ -113,8 +113,8 @@ def compare_losses(bench: Bench, steps: int) -> None:
     """models/tiny in fp32: the losses of two processes, whole and sharded, against those of one."""
     common = [
         "--model_id", "models/tiny", "--dataset", "dataset/train.jsonl", "--max_steps", steps,
-        "--learning_rate", "2e-3", "--lora_dropout", 0, "--vision_lora", True, "--train_projector", True, "--compile", False, "--packing", False,
-        "--save_strategy", "no", "--dataloader_num_workers", 0,
+        "--learning_rate", "2e-3", "--lora_dropout", 0, "--vision_lora", True, "--train_projector", True,
+        "--compile", False, "--packing", False, "--save_strategy", "no", "--dataloader_num_workers", 0,
     ]  # fmt: skip
     module = "bench.two_gpus fp32"
     one = bench.train("tiny-1", 1, *common, "--per_device_train_batch_size", 4, module=module, shown=False)

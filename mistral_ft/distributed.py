@@ -4,6 +4,7 @@ They are started by torchrun or accelerate, which name them in the environment. 
 steps that need none ask for a rank too.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -172,6 +173,7 @@ def _start_watch(seconds: float) -> None:
     signal.signal(END, lambda number, frame: sys.exit(1))
     _watch = Watch(seconds)
     _watch.start()
+    atexit.register(_watch.end)  # a thread that talks to the store while Python shuts down would abort the process
 
 
 def _arrive() -> None:
@@ -193,6 +195,12 @@ class Watch(threading.Thread):
         self.seconds = seconds
         self.store = _connect()
         self.meetings = 0
+        self.over = threading.Event()
+
+    def end(self) -> None:
+        """Watch no more."""
+        self.over.set()
+        self.join(2 * LOOK_SECONDS)
 
     def arrive(self) -> None:
         """Say that this process has come to where it waits for the others."""
@@ -202,27 +210,26 @@ class Watch(threading.Thread):
     def run(self) -> None:
         store = _connect()  # one of its own: a store's operations wait for each other
         found, since = [0], time.monotonic()
-        while True:
-            time.sleep(LOOK_SECONDS)
+        while not self.over.wait(LOOK_SECONDS):
             try:
                 if store.check(["failed"]):
                     if int(store.get("failed").split()[0]) == rank():
                         return
-                    self._end_process()
+                    return self._end_process()
                 counts = [self._count(store, number) for number in range(world_size())]
             except Exception:  # the launcher is gone
-                self._end_process()
+                return self._end_process()
             if counts != found:
                 found, since = counts, time.monotonic()
             elif min(counts) < max(counts) and time.monotonic() - since > self.seconds:
-                self._report([number for number, count in enumerate(counts) if count < max(counts)])
+                return self._report([number for number, count in enumerate(counts) if count < max(counts)])
 
     @staticmethod
     def _count(store: Any, number: int) -> int:
         key = f"meetings/{number}"
         return int(store.get(key)) if store.check([key]) else 0
 
-    def _report(self, late: list[int]) -> NoReturn:
+    def _report(self, late: list[int]) -> None:
         text = (
             f"process {', '.join(map(str, late))} of {world_size()} (numbered from 0) has kept the others waiting for "
             f"{self.seconds:g} s; look at its machine and its GPU, or raise --ddp_timeout"
@@ -231,8 +238,7 @@ class Watch(threading.Thread):
             print(f"error: {text}", file=sys.stderr, flush=True)
         self._end_process()
 
-    @staticmethod
-    def _end_process() -> NoReturn:
+    def _end_process(self) -> None:
         signal.pthread_kill(threading.main_thread().ident, END)
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)
+        if not self.over.wait(GRACE_SECONDS):
+            os._exit(1)

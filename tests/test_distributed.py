@@ -67,8 +67,8 @@ def test_every_pack_has_one_turn(monkeypatch, packs, batch_size, drop_last, turn
     [
         ((), ()),
         pytest.param((), ("--shard_base", True, "--gradient_checkpointing", True), marks=pytest.mark.slow),
-        pytest.param(("--pack_length", 100), (), marks=pytest.mark.slow),
-        pytest.param(("--pack_length", 100), ("--shard_base", True, "--compile", True), marks=pytest.mark.slow),
+        pytest.param(("--pack_length", 40), (), marks=pytest.mark.slow),
+        pytest.param(("--pack_length", 40), ("--shard_base", True, "--compile", True), marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_does(pages, train_tiny, tmp_path, layout, more):
@@ -144,11 +144,12 @@ FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
     ],
 )
 def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line):
-    arguments = (*FAULTY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path)
+    output = tmp_path / "output"
+    arguments = (*FAULTY, "--dataset", pages / "train.jsonl", "--output_dir", output)
     done = together("tests.faulty", fault, 1, 4, *arguments)
     assert done.returncode == 1  # torchrun's
     assert errors(done) == [line]
-    (run,) = tmp_path.iterdir()
+    (run,) = output.iterdir()
     assert f"Continue with --resume_from_checkpoint {run}" in done.stderr
     saved = sorted(path.name for path in run.glob("checkpoint-*"))
     assert saved == ["checkpoint-2", *(["checkpoint-4"] if fault == "term" else [])]
