@@ -9,9 +9,10 @@ from pathlib import Path
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.records import check_record, read_jsonl
+from mistral_ft.records import check_record
 from mistral_ft.review_index import key_of
 from mistral_ft.reviews import Review, log_path, read_log
+from mistral_ft.rows import read_objects
 
 
 @dataclass
@@ -51,7 +52,7 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
     errors: list[RecordError] = []
     done = Exported(target)
     with atomic_write(target) as file:
-        for line, data in read_jsonl(partial if unfinished else source, errors):
+        for line, data in read_objects(partial if unfinished else source, source.parent, errors):
             row = data.get("row") if unfinished else data
             if not isinstance(row, dict):
                 continue
