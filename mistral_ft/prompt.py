@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
+from mistral_ft.references import expand_pages
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
 
@@ -108,7 +109,7 @@ class PromptEncoder:
 
         Args:
             messages: as in a checked record.
-            grids: (rows, columns) of image tokens, one per image in the order of the messages.
+            grids: (rows, columns) of image tokens, one per page in the order of the messages.
             expected: the answer to learn; without it the prompt ends where the model is to speak.
             tools: JSON schemas of the functions the model may call.
 
@@ -120,7 +121,7 @@ class PromptEncoder:
             ValueError: if the number of grids is not the number of images.
         """
         control, grids = self.control, iter(grids)
-        merged = _merge_messages(messages)
+        merged = _merge_messages(expand_pages(messages))
         last_user = max(k for k, message in enumerate(merged) if message["role"] == "user")
         ids = [control.bos]
         for k, message in enumerate(merged):

@@ -2,8 +2,8 @@
 
     {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, ...}
 
-A block is {"type": "text", "text": str} or {"type": "image", "image": PATH}. Fields that are not named here are the
-user's and travel through predict untouched.
+A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them.
+Fields that are not named here are the user's and travel through predict untouched.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.formats import possible_formats
+from mistral_ft.references import check_reference, expand_pages, resolve
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -47,9 +48,9 @@ class Record:
         return self.data.get("expected")
 
     @property
-    def image_paths(self) -> list[Path]:
-        """Every image of the record, in the order in which the prompt shows them."""
-        return [self.images_dir / image for image in image_blocks(self.messages)]
+    def image_paths(self) -> list[str]:
+        """A reference to every image of the record, one per page, in the order in which the prompt shows them."""
+        return [resolve(image, self.images_dir) for image in image_blocks(self.messages)]
 
     def error(self, reason: str) -> RecordError:
         """A `RecordError` that names this record."""
@@ -110,10 +111,10 @@ def how_to_convert(path: Path, data: dict[str, Any]) -> str:
 
 
 def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
-    """Every image path in checked messages, as the user wrote it, in order."""
+    """Every image in checked messages, as the user wrote it but one reference per page, in order."""
     return [
         block["image"]
-        for message in messages
+        for message in expand_pages(messages)
         if isinstance(message.get("content"), list)
         for block in message["content"]
         if block["type"] == "image"
@@ -289,8 +290,7 @@ def _check_block(block: Any, role: str) -> None:
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
         if not isinstance(block.get("image"), str) or not block["image"]:
             raise ValueError(f"`image` must be the path of an image file, got {_kind(block.get('image'))}")
-        if re.match(r"(data|https?):", block["image"]):
-            raise ValueError(f"`image` must be the path of a file; save {block['image'][:30]}… as one")
+        check_reference(block["image"])
     else:
         raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")
 

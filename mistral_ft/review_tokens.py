@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import UserError
-from mistral_ft.images import page_size
+from mistral_ft.pages import page_size
 from mistral_ft.records import check_record, image_blocks
 from mistral_ft.review_pages import find_page
 
@@ -38,7 +38,7 @@ class TokenView:
         """
         encoder, fitter = self._load()
         check_record(row)
-        sizes = [page_size(find_page(images_dir, name)) for name in image_blocks(row["messages"])]
+        sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(row["messages"])]
         grids = [fitter.grid(*size) for size in sizes]
         ids, labels = encoder.encode(row["messages"], grids, row.get("expected"), row.get("tools"))
         control = vars(encoder.control)

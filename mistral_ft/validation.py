@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import sha256_file
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import ImageFitter
+from mistral_ft.pages import fingerprint, open_image, page_size
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, length_problem
 from mistral_ft.records import (
@@ -36,6 +36,7 @@ from mistral_ft.records import (
     open_jsonl,
     parse_line,
 )
+from mistral_ft.references import is_data_url, resolve, split_page
 
 CHUNK = 16  # lines that a worker gets at a time
 LOOK_ALIKE = re.compile("|".join(map(re.escape, CONTROL_TOKEN_NAMES)))
@@ -87,7 +88,7 @@ class Source(NamedTuple):
 
 
 class Page(NamedTuple):
-    """An image of a row: 64 bits of its file's SHA-256, and its size in pixels."""
+    """An image of a row: 64 bits of its fingerprint, and its size in pixels."""
 
     key: int
     width: int
@@ -118,7 +119,7 @@ class RowChecker:
     ):
         self.encoder, self.fitter, self.max_seq_length = encoder, fitter, max_seq_length
         # Rows that ask about the same page mostly stand together.
-        self._open = functools.lru_cache(1024)(_open_page)
+        self._open = functools.lru_cache(1024)(self._open_page)
 
     @classmethod
     def from_folder(cls, folder: Path, max_seq_length: int) -> "RowChecker":
@@ -179,12 +180,14 @@ class RowChecker:
 
     def _check_page(self, name: str, folder: Path) -> tuple[list[Problem], Page | None]:
         problems = []
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        path = Path(split_page(name)[0])
+        if not is_data_url(name) and (path.is_absolute() or ".." in path.parts):
             problems.append(Problem(OUTSIDE, f"image {name} is not below {folder}: copy it there, to keep data in one"))
-        page = self._open(folder / name)
+        # Images within the rows come once, and would fill the memory.
+        page = (self._open_page if is_data_url(name) else self._open)(resolve(name, folder))
         if isinstance(page, str):
             return [*problems, Problem(IMAGE, page)], None
-        size = f"image {name} of {page.width} × {page.height} px"
+        size = f"image {name[:200]} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
             problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution"))
         if self.fitter:
@@ -196,6 +199,16 @@ class RowChecker:
             if factor > MOST_SHRUNK:
                 problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts"))
         return problems, page
+
+    def _open_page(self, reference: str) -> Page | str:
+        """The page, opened and decoded as train does; or why that cannot be done."""
+        try:
+            open_image(reference, self.fitter)
+            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter))
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            return f"image {reference} cannot be opened: {error.strerror}"
 
     def _check_tokens(
         self, data: dict[str, Any], grids: list[tuple[int, int]]
@@ -238,17 +251,6 @@ def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
         return isinstance(json.loads(expected), dict), []
     except (ValueError, RecursionError) as error:
         return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
-
-
-def _open_page(path: Path) -> Page | str:
-    """The page, opened and decoded as train does; or why that cannot be done."""
-    try:
-        image = open_image(path)
-        return Page(int(sha256_file(path)[:16], 16), *image.size)
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"image {path} cannot be opened: {error.strerror}"
 
 
 def _key(text: str) -> int:
@@ -481,7 +483,7 @@ def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source
     """A good row as the model reads it, each trained token between ⟦ and ⟧, each image as [IMG]×tokens."""
     data = parse_line(raw, first=True)
     names = image_blocks(data["messages"])
-    grids = [fitter.grid(*open_image(source.images_dir / name).size) for name in names]
+    grids = [fitter.grid(*page_size(resolve(name, source.images_dir), fitter)) for name in names]
     ids, labels = encoder.encode(data["messages"], grids, data.get("expected"), data.get("tools"))
     control = vars(encoder.control)
     image_ids = {control["image"], control["image_break"], control["image_end"]}
