@@ -21,10 +21,12 @@ from typing import Any
 
 from mistral_ft.embedded_images import ImageFolder
 from mistral_ft.errors import ArgumentParser, RecordError, UserError, run_step
-from mistral_ft.files import atomic_write, check_target, sha256_file
+from mistral_ft.files import atomic_write, check_target
 from mistral_ft.formats import FORMATS, convert, possible_formats
+from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import check_record, image_blocks
+from mistral_ft.references import resolve, split_page
 from mistral_ft.rows import count_rows, data_files, read_objects
 from mistral_ft.splitting import Splitter
 
@@ -132,7 +134,7 @@ def check_format(path: Path, line: int, possible: list[str], form: str) -> None:
         )
 
 
-def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str]) -> list[str]:
+def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str]) -> list[str]:
     """What makes a record show the same page as another: its images' contents, without images its messages.
 
     Raises:
@@ -140,9 +142,9 @@ def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str
     """
     for image in images:
         if image not in hashes:
-            if not os.path.isfile(image):
+            if not os.path.isfile(split_page(image)[0]):
                 raise ValueError(f"image {image} does not exist, and --split compares the pages")
-            hashes[image] = sha256_file(image)
+            hashes[image] = fingerprint(image)
     return [hashes[image] for image in images] or [
         hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()
     ]
@@ -258,7 +260,7 @@ def main() -> None:
                 check_record(record)
                 images = image_blocks(record["messages"])
                 if split:
-                    paths = [(output_dir if image in taken else images_dir) / image for image in images]
+                    paths = [resolve(image, output_dir if image in taken else images_dir) for image in images]
                     splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))
             except ValueError as error:
                 dropped.add(str(error), line)

@@ -22,6 +22,7 @@ from mistral_ft.conversation import merge_messages, text_of, to_json, tool_calls
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
 from mistral_ft.records import Record
+from mistral_ft.references import expand_pages
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
 
@@ -109,7 +110,7 @@ class PromptEncoder:
 
         Args:
             messages: as in a checked record. Messages of the assistant with a `weight` other than 0 are learned.
-            grids: (rows, columns) of image tokens, one per image in the order of the messages.
+            grids: (rows, columns) of image tokens, one per page in the order of the messages.
             expected: the answer to learn, a last message of the assistant.
             tools: JSON schemas of the functions the model may call.
 
@@ -123,7 +124,7 @@ class PromptEncoder:
         control, grids = self.control, iter(grids)
         if expected is not None:
             messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
-        merged = merge_messages(messages)
+        merged = merge_messages(expand_pages(messages))
         last_user = max(k for k, message in enumerate(merged) if message["role"] == "user")
         ids, labels = [control.bos], [IGNORE_INDEX]
         for k, message in enumerate(merged):
