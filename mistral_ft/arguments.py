@@ -2,19 +2,24 @@
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from mistral_ft.config_file import as_words, nearest, read_config
 from mistral_ft.distributed import world_size
-from mistral_ft.errors import OneLineErrors, UserError
+from mistral_ft.errors import ArgumentParser, OneLineErrors, UserError
 from mistral_ft.hub import MODEL_ID
 
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
 --lr_scheduler_type cosine, --save_steps 500, --resume_from_checkpoint output/<name> (or auto: the newest run with the
-same settings), --seed 42. Those that cannot act here are refused by name."""
+same settings), --seed 42. Those that cannot act here are refused by name.
+
+--config run.yaml holds flags without their dashes (lora_rank: 16); a run's own are in output/<name>/config.yaml."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -24,24 +29,68 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if "default:" in action.help or action.default is None else super()._get_help_string(action)
 
 
-class TrainParser(OneLineErrors, HfArgumentParser):
-    """Parses our arguments and TrainingArguments into dataclasses, with errors of one line."""
+# Flags that people try, each with the reason why there is none here.
+ABSENT = {
+    "warmup_ratio": "is gone from transformers: write --warmup_steps 0.03 (below 1: a share)",
+    "init_lora_weights": "is left out: PiSSA, OLoRA and the like change the base's weights, so that the adapter would be "
+    "wrong on the base that predict and merge load",
+}
 
-    def parse(self) -> tuple:
-        """The dataclasses, in the order given.
+
+class TrainParser(OneLineErrors, HfArgumentParser):
+    """Parses our arguments and TrainingArguments into dataclasses, with errors of one line.
+
+    --config names a file of them; what stands on the command line wins.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins over it.")
+
+    def parse(self, words: Sequence[str] | None = None) -> tuple:
+        """The dataclasses, in the order of the constructor.
+
+        Args:
+            words: the command line's; None takes `sys.argv`.
 
         Raises:
             UserError: for unknown arguments, and for values that transformers refuses.
         """
+        words = list(sys.argv[1:] if words is None else words)
+        first = ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        if config := first.parse_known_args(words)[0].config:
+            # Given twice, an option has its last value.
+            words = self._config_words(config) + words
         try:
-            *parsed, unknown = self.parse_args_into_dataclasses(return_remaining_strings=True)
+            *parsed, _, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         except (ValueError, ImportError) as error:
             raise UserError(str(error)) from error
-        if any(word.startswith("--warmup_ratio") for word in unknown):
-            raise UserError("--warmup_ratio is gone from transformers: write --warmup_steps 0.03 (below 1: a share)")
+        for word in unknown:
+            if (name := word.removeprefix("--").partition("=")[0].replace("-", "_")) in ABSENT:
+                raise UserError(f"--{name} {ABSENT[name]}")
         if unknown:
-            raise UserError(f"unknown arguments: {' '.join(unknown)} (see {self.prog} --help)")
+            hint = nearest(unknown[0].removeprefix("--").partition("=")[0], self._actions_by_name)
+            raise UserError(f"unknown arguments: {' '.join(unknown)}{hint} (see {self.prog} --help)")
         return tuple(parsed)
+
+    @property
+    def _actions_by_name(self) -> dict[str, argparse.Action]:
+        return {action.dest: action for action in self._actions}
+
+    def _config_words(self, path: str) -> list[str]:
+        settings, actions = read_config(path), self._actions_by_name
+        problems = []
+        for name, value in settings.items():
+            if name in ABSENT:
+                problems.append(f"{name} {ABSENT[name]}")
+            elif name not in actions or name in ("config", "help"):
+                problems.append(f"unknown setting {name}{nearest(name, actions)}")
+            elif isinstance(value, list) and actions[name].nargs != "+":
+                problems.append(f"{name} takes one value")
+        if problems:
+            raise UserError(f"{path}: {'; '.join(problems)}")
+        return as_words(settings)
 
 
 def changed_fields(arguments: Any) -> dict[str, Any]:

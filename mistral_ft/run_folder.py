@@ -16,6 +16,7 @@ from typing import Any
 
 from mistral_ft.arguments import changed_fields
 from mistral_ft.checkpoints import fault, newest_first, newest_sound, step_of
+from mistral_ft.config_file import write_config
 from mistral_ft.distributed import rank, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
@@ -23,7 +24,7 @@ from mistral_ft.model_card import write_model_card
 from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
 from mistral_ft.rows import data_files
 
-RUN_FILE = "run.json"
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
 
@@ -75,6 +76,15 @@ class Run:
 
     def _write(self, settings: dict[str, Any], base: Path, rows: int) -> None:
         save_prompt_files(base, self.folder)
+        chosen = {
+            name: _json(arguments.given if name == "training" else changed_fields(arguments))
+            for name, arguments in settings.items()
+        }
+        flat = {name: value for group in chosen.values() for name, value in group.items()}
+        write_config(
+            self.folder / CONFIG_FILE,
+            {n: v for n, v in flat.items() if n != "resume_from_checkpoint" and v is not None},
+        )
         write_json(
             self.folder / RUN_FILE,
             {
@@ -86,10 +96,7 @@ class Run:
                     "template": TEMPLATE_VERSION,
                     "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
                 },
-                "settings": {
-                    name: _json(arguments.given if name == "training" else changed_fields(arguments))
-                    for name, arguments in settings.items()
-                },
+                "settings": chosen,
                 "versions": versions(),
             },
         )
