@@ -19,6 +19,7 @@ from mistral_ft.arguments import (
     EPILOG,
     CheckpointArguments,
     DataArguments,
+    EvaluationArguments,
     HelpFormatter,
     LoraArguments,
     ModelArguments,
@@ -33,7 +34,9 @@ from mistral_ft.records import read_records
 
 def main() -> None:
     # 1. Arguments. --help is answered before torch is imported, which takes seconds.
-    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, CheckpointArguments)
+    ours = (
+        DataArguments, ModelArguments, LoraArguments, EvaluationArguments, SpeedArguments, CheckpointArguments
+    )  # fmt: skip
     if {"-h", "--help"} & set(sys.argv[1:]):
         help_parser = TrainParser(
             ours, formatter_class=HelpFormatter, prog="python -m train", description=__doc__, epilog=EPILOG
@@ -44,12 +47,16 @@ def main() -> None:
     sharding = take_sharding()
     from mistral_ft.training import FinetuneArguments
 
-    data_args, model_args, lora_args, speed_args, checkpoint_args, args = TrainParser(
+    data_args, model_args, lora_args, eval_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
     ).parse()
     speed_args.shard_base |= sharding
-    if problems := lora_args.problems() + speed_args.problems() + checkpoint_args.problems():
+    problems = lora_args.problems() + speed_args.problems() + checkpoint_args.problems()
+    if problems := problems + eval_args.problems(args, speed_args.shard_base):
         raise UserError("; ".join(problems))
+    if eval_args.wanted and args.eval_strategy == "no":
+        args.eval_strategy = "epoch"
+    args.keep_best |= eval_args.early_stopping_patience is not None
     if speed_args.shard_base and lora_args.use_dora:
         raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
 
@@ -57,6 +64,7 @@ def main() -> None:
 
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)
+    held_out = read_records(eval_args.eval_dataset or (), data_args.images_dir, expected_required=True)
     if (lora_args.vision_lora or lora_args.train_projector) and not any(record.image_paths for record in records):
         raise UserError("--vision_lora and --train_projector have no effect: no record has an image")
 
@@ -65,6 +73,7 @@ def main() -> None:
     from transformers import set_seed
 
     from mistral_ft.data import RecordDataset, measure_records
+    from mistral_ft.evaluation import ROWS_ANSWERED, Evaluator, hold_out
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
@@ -79,7 +88,7 @@ def main() -> None:
 
     check_optimizer(args)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
-    settings["checkpoints"] = checkpoint_args
+    settings |= {"evaluation": eval_args, "checkpoints": checkpoint_args}
     resumed = None
     if args.resume_from_checkpoint == "auto":
         resumed = from_first(lambda: Run.resume_newest(args.output_dir, settings))
@@ -92,9 +101,21 @@ def main() -> None:
     base = find_model_folder(model_args.model_id, weights=False)
     check_model_folder(base)
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
+    sizes = measure_records([*records, *held_out], encoder, fitter, data_args.max_seq_length)
+    is_held_out = [False] * len(records) + [True] * len(held_out)
+    if eval_args.eval_fraction is not None:
+        is_held_out = hold_out(records, eval_args.eval_fraction, args.seed)
+    sized = list(zip([*records, *held_out], sizes, is_held_out, strict=True))
+    records, sizes = zip(*[(record, size) for record, size, held in sized if not held], strict=True)
     lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
+    evaluator = None
+    if eval_args.wanted:
+        held_out, held_sizes = zip(*[(record, size) for record, size, held in sized if held], strict=True)
+        answered = 0 if speed_args.shard_base else ROWS_ANSWERED
+        answered = answered if eval_args.eval_generate is None else eval_args.eval_generate
+        evaluator = Evaluator(RecordDataset(held_out, encoder, fitter), held_sizes, answered)
+        print(f"{len(held_out)} records to evaluate on, {len(evaluator.answered)} of them answered")
 
     # 4. The run's folder: a new one, or that of the run to continue.
     run = resumed or from_first(lambda: Run.create(args.output_dir, settings, base, len(records)))
@@ -118,6 +139,8 @@ def main() -> None:
             args=args,
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
             save_minutes=checkpoint_args.save_minutes,
+            evaluator=evaluator,
+            patience=eval_args.early_stopping_patience,
         )
         try:
             dataset = RecordDataset(records, encoder, fitter)
@@ -138,6 +161,7 @@ def main() -> None:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
         # 8. The adapter, whole or not at all.
+        trainer.choose_adapter()
         from_first(lambda: run.save_adapter(model))
         trainer.save_state()
     print_peak_memory(device)

@@ -32,8 +32,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 # Flags that people try, each with the reason why there is none here.
 ABSENT = {
     "warmup_ratio": "is gone from transformers: write --warmup_steps 0.03 (below 1: a share)",
-    "init_lora_weights": "is left out: PiSSA, OLoRA and the like change the base's weights, so that the adapter would be "
-    "wrong on the base that predict and merge load",
+    "init_lora_weights": "is left out: PiSSA, OLoRA and the like change the base's weights, so that the adapter would "
+    "be wrong on the base that predict and merge load",
 }
 
 
@@ -163,6 +163,65 @@ class CheckpointArguments:
         """Everything wrong with these arguments, one line each."""
         wrong = self.save_minutes is not None and not self.save_minutes > 0
         return [f"--save_minutes {self.save_minutes:g}: must be more than 0"] if wrong else []
+
+
+# What evaluation measures; of some more is better, of the others less.
+METRICS, BETTER_HIGH = ("loss", "exact_match", "cer"), ("exact_match",)
+# Flags of TrainingArguments that ask for an evaluation.
+ABOUT_EVALUATION = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model",
+)  # fmt: skip
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure while training, beside --eval_strategy and --eval_steps (default: after every epoch)."""
+
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": "Data that is not learned; its loss is measured, and some of it is answered."}
+    )
+    eval_fraction: float | None = _field(None, "Take such a share of --dataset instead, pages and all.")
+    eval_generate: int | None = _field(
+        None, "Answer so many of its records at each evaluation (default: 16; 0 with --shard_base True)."
+    )
+    early_stopping_patience: int | None = _field(
+        None, "End after so many evaluations in a row without a better one, and keep the adapter of the best."
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return self.eval_dataset is not None or self.eval_fraction is not None
+
+    def problems(self, args: Any, shard_base: bool) -> list[str]:
+        """Everything wrong with these arguments, one line each.
+
+        Args:
+            args: a `training.FinetuneArguments`.
+        """
+        found = []
+        if self.eval_dataset is not None and self.eval_fraction is not None:
+            found.append("--eval_dataset and --eval_fraction: give one of them")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            found.append(f"--eval_fraction {self.eval_fraction:g}: must be more than 0 and less than 1")
+        for name, least in (("eval_generate", 0), ("early_stopping_patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"--{name} {value}: must be at least {least}")
+        given = [name for name in changed_fields(self) if not name.startswith(("eval_dataset", "eval_fraction"))]
+        given += [name for name in ABOUT_EVALUATION if name in args.given]
+        if args.save_strategy == "best":
+            given.append("save_strategy best")
+        if not self.wanted:
+            found += [f"--{name} has no effect without --eval_dataset or --eval_fraction" for name in given]
+        elif args.eval_strategy == "no" and "eval_strategy" in args.given:
+            found.append("--eval_strategy no: then leave out --eval_dataset and --eval_fraction")
+        answers = 0 if shard_base and self.eval_generate is None else self.eval_generate
+        if shard_base and answers:
+            found.append("--eval_generate needs whole layers, and --shard_base True has none; leave it out")
+        if answers == 0 and args.metric_for_best_model != "loss":
+            found.append(f"--metric_for_best_model {args.metric_for_best_model} needs answers: --eval_generate 16")
+        return found
 
 
 @dataclass

@@ -69,7 +69,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(run: Path, step: int, size: int, keep: int | None) -> Iterator[Path]:
+def writing(run: Path, step: int, size: int, keep: int | None, best: int | None = None) -> Iterator[Path]:
     """Write the checkpoint of a step: yields a hidden folder in which every process puts files into checkpoint-<step>/.
 
     Then the first process adds the manifest, flushes all to the disk, gives the checkpoint its name, and removes the
@@ -78,6 +78,7 @@ def writing(run: Path, step: int, size: int, keep: int | None) -> Iterator[Path]
     Args:
         size: bytes to expect.
         keep: how many checkpoints may stay; None keeps all.
+        best: a step whose checkpoint stays beside these.
 
     Raises:
         UserError: if the disk takes no more.
@@ -106,7 +107,8 @@ def writing(run: Path, step: int, size: int, keep: int | None) -> Iterator[Path]
     if rank() == 0:
         shutil.rmtree(staging)
         for old in newest_first(run)[keep:] if keep else ():
-            shutil.rmtree(old)
+            if step_of(old) != best:
+                shutil.rmtree(old)
     gather(None)  # nobody goes on, or ends, before the checkpoint is safe
 
 

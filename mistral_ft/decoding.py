@@ -77,10 +77,12 @@ class GreedyDecoder:
     Args:
         model: the whole model, to which nothing else may happen meanwhile.
         eos: the id that ends an answer.
+        graphs: whether a GPU gets CUDA graphs. While one is recorded, no other thread may talk to the GPU, as those of
+            a training's data loader do.
     """
 
-    def __init__(self, model: nn.Module, eos: int):
-        self.model, self.eos = model, eos
+    def __init__(self, model: nn.Module, eos: int, graphs: bool = True):
+        self.model, self.eos, self.graphs = model, eos, graphs
         self.config = model.config.text_config
         self.config._attn_implementation = CACHED
         self.device = model.device
@@ -122,7 +124,7 @@ class GreedyDecoder:
         self.cache = KeyValueCache(self.config, records, length, self.model.dtype, self.device)
         self.tokens = torch.zeros(records, dtype=torch.int64, device=self.device)
         self.log_probs = torch.zeros(records, device=self.device)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -164,12 +164,20 @@ def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         weights = 2 * sum(p.numel() for p in Mistral3ForConditionalGeneration(config).parameters())
-    text = config.text_config
+    return tokens_that_fit(limit_gib(device) * 2**30 - weights, config.text_config, longest)
+
+
+def tokens_that_fit(free: float, text: Any, longest: int) -> int:
+    """Tokens whose keys and values go into `free` bytes of GPU memory beside the prompts at work.
+
+    Args:
+        text: the text model's config.
+        longest: tokens of the longest prompt.
+    """
     # Prompts at work: five tensors as wide as the MLP, eight as wide as the hidden state; 3 GiB for the rest.
     width = 2 * (5 * text.intermediate_size + 8 * text.hidden_size)
     at_work = max(longest, MAX_PROMPT_TOKENS) * width + 3 * 2**30
-    free = limit_gib(device) * 2**30 - weights - at_work
-    return max(0, int(free)) // KeyValueCache.bytes_per_token(text, torch.bfloat16)
+    return max(0, int(free - at_work)) // KeyValueCache.bytes_per_token(text, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ class Generator:
             self.collate = PromptCollator(control.pad)
         else:
             self.decoder = GreedyDecoder(self.model, control.eos)
-            self.collate = _GroupCollator(control.pad)
+            self.collate = GroupCollator(control.pad)
 
     def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
@@ -322,7 +330,7 @@ def _as_it_is(row: tuple[int, Any]) -> tuple[int, Any]:
     return row
 
 
-class _GroupCollator:
+class GroupCollator:
     """Examples to groups of prompts laid end to end, as `GreedyDecoder` takes them."""
 
     def __init__(self, pad_id: int):

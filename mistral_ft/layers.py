@@ -101,7 +101,8 @@ class LayerRunner:
             layer.forward = partial(self._run, index, layer)
 
     def _run(self, index: int, layer: nn.Module, *args, **kwargs):
-        forward = self._compiled_forward if self.compiled else self._forward
+        # A decoder's cache (see `decoding`) is written into, and every token finds it longer: nothing to compile.
+        forward = self._compiled_forward if self.compiled and "cache" not in kwargs else self._forward
         if index >= self.recomputed or not torch.is_grad_enabled():
             return forward(layer, *args, **kwargs)
         with save_on_cpu(pin_memory=True) if self.offloaded else nullcontext():

@@ -18,14 +18,26 @@ class Progress:
         unit: what is counted, in the singular.
         done: how much of it was done before.
         seconds: time between two lines where there is no terminal; the first and the last are always written.
+        passing: it is gone from a terminal when it is over, and elsewhere told only if it takes `seconds`.
     """
 
-    def __init__(self, description: str, total: int, unit: str, done: int = 0, seconds: float = 15):
+    def __init__(
+        self, description: str, total: int, unit: str, done: int = 0, seconds: float = 15, passing: bool = False
+    ):
         self.description, self.unit, self.seconds = description, unit, seconds
         self.before = done
-        self.started, self.printed = time.perf_counter(), -math.inf
+        self.started = time.perf_counter()
+        self.printed, self.passing = self.started if passing else -math.inf, passing
         hidden = True if rank() else None  # None: where there is no terminal
-        self.bar = tqdm(total=total, initial=done, desc=description, unit=unit, disable=hidden, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=description,
+            unit=unit,
+            disable=hidden,
+            dynamic_ncols=True,
+            leave=not passing,
+        )
         self.done, self.total = done, total
 
     def update(self, count: int = 1, text: str = "") -> None:
@@ -34,12 +46,15 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(count)
         now = time.perf_counter()
-        if rank() == 0 and self.bar.disable and (now - self.printed >= self.seconds or self.done >= self.total):
+        if rank() == 0 and self.bar.disable and self._line_is_due(now):
             self.printed = now
             rate = (self.done - self.before) / (now - self.started)
             left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
             parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+    def _line_is_due(self, now: float) -> bool:
+        return now - self.printed >= self.seconds or (self.done >= self.total and not self.passing)
 
     @staticmethod
     def print(text: str) -> None:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.arguments import changed_fields
+from mistral_ft.arguments import ABOUT_EVALUATION, changed_fields
 from mistral_ft.checkpoints import fault, newest_first, newest_sound, step_of
 from mistral_ft.config_file import write_config
 from mistral_ft.distributed import rank, world_size
@@ -180,8 +180,8 @@ class Run:
 
 # TrainingArguments that change nothing of what is learned.
 FREE_TO_CHANGE = (
-    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_num_workers",
-    "dataloader_p", "ddp_",
+    *ABOUT_EVALUATION, "output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit",
+    "dataloader_num_workers", "dataloader_p", "ddp_",
 )  # fmt: skip
 
 
@@ -193,6 +193,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
         "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
+        "evaluation": {"eval_fraction": settings["evaluation"].eval_fraction},
         "lora": _json(changed_fields(settings["lora"])),
         "speed": {
             name: value
@@ -206,7 +207,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _changes(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's description is another now."""
-    then = {"processes": 1} | run.get("resume", {})  # runs of several processes say how many
+    then = {"processes": 1, "evaluation": {}} | run.get("resume", {})  # as older runs were
     return [name for part in now for name in _differences(part, then.get(part), now[part])]
 
 

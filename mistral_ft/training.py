@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -17,12 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft import checkpoints
-from mistral_ft.arguments import changed_fields
+from mistral_ft.arguments import BETTER_HIGH, METRICS, changed_fields
 from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, TrainingCollator
 from mistral_ft.distributed import gather, join, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
+from mistral_ft.evaluation import EvaluationCallback, Evaluator, best_evaluation, verdict
 from mistral_ft.layers import Seeds
 from mistral_ft.progress import Progress
+from mistral_ft.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.stopping import Stop, Timer
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
@@ -30,12 +35,12 @@ LABELS_AT_ONCE = 2048
 
 # TrainingArguments that cannot act here, each with the reason. Whoever sets one is told instead of ignored.
 REFUSED = {
-    "there is no evaluation during training; run predict and score on a test file": (
-        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps "
-        "eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only "
-        "batch_eval_metrics include_for_metrics load_best_model_at_end metric_for_best_model greater_is_better "
-        "bf16_full_eval fp16_full_eval"
+    "evaluation lays out records as training does, and keeps sums only (see --eval_dataset)": (
+        "do_eval do_predict eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+        "per_device_eval_batch_size prediction_loss_only batch_eval_metrics include_for_metrics bf16_full_eval "
+        "fp16_full_eval"
     ),
+    "which way is better is known of each --metric_for_best_model": "greater_is_better",
     "the loss is computed at label positions, by this toolkit": "label_smoothing_factor label_names use_liger_kernel",
     "the loss is divided by the labels of all processes, their gradients are summed, nothing is wrapped": (
         "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
@@ -63,6 +68,7 @@ class FinetuneArguments(TrainingArguments):
     Attributes:
         given: the arguments that the user set, as they were set.
         recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
+        keep_best: whether the adapter of the best evaluation is the one that is kept.
     """
 
     output_dir: str | None = "output"
@@ -86,6 +92,16 @@ class FinetuneArguments(TrainingArguments):
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
         if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
             problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
+        self.metric_for_best_model = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if self.metric_for_best_model not in METRICS:
+            problems.append(
+                f"--metric_for_best_model {self.metric_for_best_model}: must be one of {', '.join(METRICS)}"
+            )
+        self.greater_is_better = self.metric_for_best_model in BETTER_HIGH
+        if self.eval_steps is not None and "eval_strategy" not in self.given:
+            self.eval_strategy = "steps"
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            problems.append("--eval_strategy steps needs --eval_steps")
         in_range = {
             "max_steps": self.max_steps == -1 or self.max_steps >= 1,
             "num_train_epochs": self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
@@ -105,6 +121,8 @@ class FinetuneArguments(TrainingArguments):
         if hasattr(self, "activation_checkpointing"):
             self.recompute = self.recompute if self.activation_checkpointing is None else self.activation_checkpointing
             self.activation_checkpointing = None
+        # Trainer's own way would need evaluations and checkpoints at the same steps, and saves before it compares.
+        self.keep_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         self.bf16 = False  # no autocast: every layer knows its dtype
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0
@@ -142,6 +160,8 @@ class FinetuneTrainer(Trainer):
         learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
             others get `args.learning_rate`.
         save_minutes: save a checkpoint at the first step after so many minutes without one; None: by steps alone.
+        evaluator: what is measured, at the steps that the arguments name; None: nothing is.
+        patience: of `EvaluationCallback`.
 
     Attributes:
         stop: entered while training; asks to save and end at the next step.
@@ -149,10 +169,17 @@ class FinetuneTrainer(Trainer):
     """
 
     def __init__(
-        self, *args, learning_rates: dict[str, float] | None = None, save_minutes: float | None = None, **kwargs
+        self,
+        *args,
+        learning_rates: dict[str, float] | None = None,
+        save_minutes: float | None = None,
+        evaluator: Evaluator | None = None,
+        patience: int | None = None,
+        **kwargs,
     ):
         self.learning_rates = learning_rates or {}
-        super().__init__(*args, **kwargs)
+        self.evaluator = evaluator
+        super().__init__(*args, eval_dataset=evaluator and evaluator.dataset, **kwargs)
         # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.callback_handler.callbacks = [
@@ -162,6 +189,7 @@ class FinetuneTrainer(Trainer):
         self.add_callback(GradientCheck(self))
         self.add_callback(EpochCallback(self))
         self.add_callback(SaveCallback(self))
+        self.add_callback(EvaluationCallback(patience))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
         self.seeds = Seeds(self.model)
         # Dropout differs from process to process, and is that of a single one in the first.
@@ -207,6 +235,7 @@ class FinetuneTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Trainer's, which a signal ends at the next step, with a checkpoint."""
         run, saves = Path(self.args.output_dir), self.args.save_strategy != "no" or self.timer.seconds is not None
+        saves |= self.args.keep_best
         if saves and rank() == 0:
             checkpoints.check_room(run, 2 * self.checkpoint_bytes())  # a new one is written before an old one goes
         with self.stop:
@@ -322,13 +351,44 @@ class FinetuneTrainer(Trainer):
             self._tokens, self._logged_at = 0, now
         super().log(logs, start_time)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """What the evaluator measures, logged."""
+        started = time.perf_counter()
+        metrics = self.evaluator.measure(self)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._logged_at is not None:
+            self._logged_at += time.perf_counter() - started  # it is no time of training
+        return metrics
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far."""
+        best = best_evaluation(self.state.log_history, self.args.metric_for_best_model)
+        return best and best["step"]
+
+    def choose_adapter(self) -> None:
+        """After training: take the adapter of the best evaluation, if that is wanted, and say which one it is."""
+        best, kept = self.best_step, self.state.global_step
+        if best is None:
+            return
+        if self.args.keep_best and best != kept:
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{best}"
+            if problem := checkpoints.fault(checkpoint):
+                print(f"warning: {checkpoint}: the best step cannot be restored, {problem}", file=sys.stderr)
+            else:
+                set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER_WEIGHTS))
+                kept = best
+        print(verdict(self.state.log_history, self.args.metric_for_best_model, kept))
+
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk: the adapter and the optimizer's two moments in fp32, and some room."""
         return 13 * sum(parameter.numel() for parameter in self.trained) + 2**20
 
     def _save_checkpoint(self, model, trial):
         run, step, keep = Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit
-        with checkpoints.writing(run, step, self.checkpoint_bytes(), keep) as self._staging:
+        best = self.best_step if self.args.keep_best else None
+        with checkpoints.writing(run, step, self.checkpoint_bytes(), keep, best) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None
         self.timer.restart()

@@ -130,11 +130,19 @@ def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli
 
 
 def settings_of(command):
-    from mistral_ft.arguments import DataArguments, LoraArguments, ModelArguments, SpeedArguments, TrainParser
+    from mistral_ft.arguments import (
+        DataArguments,
+        EvaluationArguments,
+        LoraArguments,
+        ModelArguments,
+        SpeedArguments,
+        TrainParser,
+    )
 
-    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, training.FinetuneArguments)
-    data, model, lora, speed, args = TrainParser(ours).parse_args_into_dataclasses(list(map(str, command)))
-    return {"data": data, "model": model, "lora": lora, "speed": speed, "training": args}
+    names = ("data", "model", "lora", "speed", "evaluation", "training")
+    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, EvaluationArguments)
+    parsed = TrainParser((*ours, training.FinetuneArguments)).parse(list(map(str, command)))
+    return dict(zip(names, parsed, strict=True))
 
 
 @pytest.mark.parametrize("how", ["auto", "folder"])

@@ -14,6 +14,7 @@ from mistral_ft import training
 from mistral_ft.arguments import LoraArguments, SpeedArguments
 from mistral_ft.data import RecordDataset, RecordSize, measure_records
 from mistral_ft.errors import UserError
+from mistral_ft.evaluation import Evaluator
 from mistral_ft.images import ImageFitter
 from mistral_ft.layers import LoraLinear, hashed_dropout
 from mistral_ft.lora import add_adapter, target_modules
@@ -115,6 +116,16 @@ ROWS = [0, 5, 6, 7]  # a page, two pages, text alone, a system message
 def test_loss_and_gradients_are_those_of_transformers_and_peft(make_trainer, speed, packs):
     trainer = make_trainer(speed=speed)
     assert_same(loss_and_gradients(trainer, packs), plain_loss_and_gradients(trainer, ROWS))
+
+
+@pytest.mark.parametrize("speed", [SpeedArguments(), SpeedArguments(pack_length=400)])
+def test_the_loss_of_an_evaluation_is_that_of_transformers_and_peft(make_trainer, dataset, speed):
+    trainer = make_trainer(speed=speed, per_device_train_batch_size=1 if speed.pack_length else 3)
+    sizes = measure_records(dataset.records, dataset.encoder, dataset.fitter, 1000)
+    found = Evaluator(dataset, sizes, answered=0).measure(trainer)
+    expected, _ = plain_loss_and_gradients(trainer, range(len(dataset)))
+    assert found == {"eval_loss": pytest.approx(expected, rel=1e-5)}
+    assert trainer.model.training
 
 
 def test_layers_computed_twice_change_nothing(make_trainer):
@@ -356,8 +367,8 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(make_trainer, pages,
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"eval_strategy": "steps"}, {"label_smoothing_factor": 0.1}, {"fp16": True}, {"torch_compile": True},
-        {"save_only_model": True}, {"remove_unused_columns": True}, {"load_best_model_at_end": True},
+        {"do_eval": True}, {"label_smoothing_factor": 0.1}, {"fp16": True}, {"torch_compile": True},
+        {"save_only_model": True}, {"remove_unused_columns": True},
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"push_to_hub": True}, {"disable_tqdm": True},
     ],
 )  # fmt: skip

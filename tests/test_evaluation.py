@@ -1,0 +1,260 @@
+"""Evaluation during training: right numbers, no trace in what is learned, and the best step is the one that is kept."""
+
+import json
+import shutil
+
+import pytest
+
+from mistral_ft.arguments import EvaluationArguments
+from mistral_ft.errors import UserError
+from mistral_ft.evaluation import Evaluator, best_evaluation, hold_out, verdict
+from mistral_ft.metrics import edit_counts
+from mistral_ft.records import read_records
+from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
+from tests.test_distributed import TRAIN, run_folder, together
+
+
+def history(run) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def evaluations(run) -> list[dict]:
+    return [entry for entry in history(run) if "eval_loss" in entry]
+
+
+def weights(run) -> bytes:
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("layout", [("--per_device_train_batch_size", 2), ("--pack_length", 256)])
+def test_evaluation_leaves_no_trace_in_what_is_learned(pages, train_tiny, layout):
+    data = pages / "train.jsonl"
+    settings = ("--max_steps", 4, "--lora_dropout", 0.1, "--vision_lora", True, "--save_strategy", "no", *layout)
+    plain = train_tiny(data, *settings)
+    run = train_tiny(data, *settings, "--eval_dataset", data, "--eval_steps", 2, "--eval_on_start", True)
+    assert [entry["step"] for entry in evaluations(run)] == [0, 2, 4]
+    assert weights(run) == weights(plain)
+    own = ("loss", "grad_norm", "learning_rate")
+    logged = [[entry[name] for name in own] for entry in history(run) if "loss" in entry]
+    assert logged == [[entry[name] for name in own] for entry in history(plain) if "loss" in entry]
+
+
+def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path):
+    rows = read_rows(ROOT / "dataset/train.jsonl")
+    learned, asked = write_jsonl(tmp_path / "a.jsonl", rows[:40]), write_jsonl(tmp_path / "b.jsonl", rows[40:60])
+    images = ("--images_dir", ROOT / "dataset")
+    run = train_tiny(
+        learned, *images, "--eval_dataset", asked, "--eval_generate", 20, "--num_train_epochs", 2, "--learning_rate",
+        "3e-3", "--per_device_train_batch_size", 4, "--train_projector", True, "--save_strategy", "no",
+    )  # fmt: skip
+    assert [entry["epoch"] for entry in evaluations(run)] == [1, 2]  # of itself, after each epoch
+    last = evaluations(run)[-1]
+    predicted = tmp_path / "out.jsonl"
+    assert run_cli("predict", asked, run, *images, "-o", predicted)[0] == 0
+    score = json.loads(run_cli("score", predicted, "--json")[1])
+    assert last["eval_exact_match"] == score["hits"] / 20 > 0
+    # An answer is no longer here than the longest that is expected.
+    found = [edit_counts(row["actual"], row["expected"])[:2] for row in read_rows(predicted)]
+    assert last["eval_cer"] <= sum(edits for edits, _ in found) / sum(count for _, count in found) + 1e-9
+    assert 0 < last["eval_cer"] < 1
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Have evaluations find these losses at these steps."""
+
+    def set_losses(by_step):
+        monkeypatch.setattr(
+            Evaluator, "measure", lambda self, trainer: {"eval_loss": by_step[trainer.state.global_step]}
+        )
+
+    return set_losses
+
+
+STOPPED = ("--max_steps", 12, "--eval_steps", 2, "--save_steps", 3, "--lora_dropout", 0.1)
+
+
+def test_the_best_step_is_kept_and_restored(pages, train_tiny, losses, capsys):
+    data = pages / "train.jsonl"
+    losses({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 1.5})
+    run = train_tiny(data, *STOPPED, "--eval_dataset", data, "--early_stopping_patience", 3, "--save_total_limit", 1)
+    assert [entry["step"] for entry in evaluations(run)] == [2, 4, 6, 8, 10]
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-9"]
+    assert weights(run) == weights(run / "checkpoint-4") != weights(run / "checkpoint-9")
+
+
+def test_a_run_that_is_continued_knows_its_best_step(pages, train_tiny, losses, tmp_path):
+    data = pages / "train.jsonl"
+    losses({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 1.5})
+    settings = (*STOPPED, "--eval_dataset", data, "--early_stopping_patience", 3)
+    whole = train_tiny(data, *settings)
+    stopped = tmp_path / "output" / "stopped"
+    shutil.copytree(whole, stopped)
+    for path in [stopped / "checkpoint-9", stopped / "adapter_model.safetensors", stopped / "adapter_config.json"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = train_tiny(data, *settings, "--resume_from_checkpoint", stopped)
+    assert resumed == stopped
+    assert evaluations(resumed) == evaluations(whole)
+    assert weights(resumed) == weights(whole)
+
+
+def test_without_being_asked_the_last_step_is_kept(pages, run_cli, losses, tmp_path):
+    data = pages / "train.jsonl"
+    losses({1: 3.0, 2: 1.0, 3: 2.0})
+    code, out, err = run_cli(
+        "train", *TRAIN, "--dataset", data, "--output_dir", tmp_path / "output", "--max_steps", 3, "--eval_steps", 1,
+        "--eval_dataset", data,
+    )  # fmt: skip
+    assert code == 0, err
+    assert (
+        "eval loss rose after step 2 (epoch 0.25), from 1.0000 to 2.0000: the adapter is that of step 3; "
+        "--load_best_model_at_end True keeps the best\n"
+    ) in out
+    assert weights(run_folder(out)) == weights(run_folder(out) / "checkpoint-3")
+
+
+def test_a_best_step_that_is_gone_costs_no_adapter(pages, run_cli, losses, tmp_path, monkeypatch):
+    data = pages / "train.jsonl"
+    losses({1: 1.0, 2: 2.0})
+    from mistral_ft import training
+
+    monkeypatch.setattr(training.checkpoints, "fault", lambda path: "it is gone")
+    code, out, err = run_cli(
+        "train", *TRAIN, "--dataset", data, "--output_dir", tmp_path / "output", "--max_steps", 2, "--eval_steps", 1,
+        "--eval_dataset", data, "--load_best_model_at_end", True,
+    )  # fmt: skip
+    assert code == 0
+    assert "checkpoint-1: the best step cannot be restored, it is gone" in err
+    assert "the adapter is that of step 2" in out
+
+
+LOG = [
+    {"step": 0, "epoch": 0, "eval_loss": 0.1, "eval_exact_match": 0.9},
+    {"step": 5, "epoch": 0.5, "eval_loss": 0.5, "eval_exact_match": 0.2},
+    {"step": 6, "epoch": 0.6, "loss": 0.01},
+    {"step": 10, "epoch": 1.0, "eval_loss": 0.7, "eval_exact_match": 0.4},
+    {"step": 15, "epoch": 1.5, "eval_loss": 0.5, "eval_exact_match": 0.4},
+]
+
+
+def test_what_is_best_depends_on_the_metric():
+    assert best_evaluation(LOG, "loss")["step"] == 5  # the first of equals, and never the untrained model
+    assert best_evaluation(LOG, "exact_match")["step"] == 10
+    assert best_evaluation(LOG[:1], "loss") is None
+    assert verdict(LOG, "exact_match", kept=10) == (
+        "exact match grew no better after step 10 (epoch 1), from 0.4000 to 0.4000: the adapter is that of step 10"
+    )
+    assert verdict(LOG[:4], "loss", kept=5) == (
+        "eval loss rose after step 5 (epoch 0.5), from 0.5000 to 0.7000: the adapter is that of step 5"
+    )
+    assert verdict(LOG[:2], "loss", kept=5) == (
+        "eval loss was best at the end, 0.5000 at step 5 (epoch 0.5): the adapter is that of step 5"
+    )
+
+
+def test_records_of_one_page_are_held_out_together(tmp_path):
+    rows = []
+    for number in range(10):
+        make_page(tmp_path / f"{number}.png", number + 1)
+        shutil.copy(tmp_path / f"{number}.png", tmp_path / f"copy-{number}.png")
+        rows += [row(number, "a", [f"{number}.png"]), row(number, "b", [f"copy-{number}.png"], text="Other?")]
+        rows.append(row(number, f"c {number}", text=f"Text {number // 2}?"))
+    records = read_records([write_jsonl(tmp_path / "rows.jsonl", rows)])
+    held = hold_out(records, 0.2, seed=1)
+    assert sum(held) == 6
+    assert held == hold_out(records, 0.2, seed=1) != hold_out(records, 0.2, seed=2)
+    for number in range(10):
+        assert held[3 * number] == held[3 * number + 1]
+        assert held[3 * number + 2] == held[3 * (number ^ 1) + 2]  # two rows ask the same
+    with pytest.raises(UserError, match="--eval_fraction 0.01: 2 records cannot be divided so"):
+        hold_out(records[:2], 0.01, seed=1)
+
+
+def test_held_out_records_are_not_trained(pages, train_tiny, run_cli):
+    run = train_tiny(pages / "train.jsonl", "--eval_fraction", 0.4, "--num_train_epochs", 1, "--save_strategy", "no")
+    made = json.loads((run / "run.json").read_text())
+    assert made["data"]["rows"] == 5
+    assert len([entry for entry in history(run) if "loss" in entry]) == 5
+    code, _, err = run_cli(
+        "train", *TRAIN, "--dataset", pages / "train.jsonl", "--resume_from_checkpoint", run, "--eval_fraction", 0.1
+    )
+    assert code == 2
+    assert "holds no complete checkpoint" in err
+
+
+def test_two_processes_evaluate_what_one_does(pages, train_tiny, tmp_path):
+    data = write_jsonl(pages / "seven.jsonl", read_rows(pages / "train.jsonl")[1:])
+    common = ("--max_steps", 2, "--eval_dataset", data, "--eval_steps", 1, "--save_strategy", "no")
+    one = train_tiny(data, "--gradient_accumulation_steps", 2, *common)
+    done = together("train", *TRAIN, "--dataset", data, "--output_dir", tmp_path / "two", *common)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 1: eval loss ") == 1
+    for ours, theirs in zip(evaluations(one), evaluations(run_folder(done.stdout)), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+    assert evaluations(one)[0].keys() >= {"eval_loss", "eval_exact_match", "eval_cer"}
+
+
+def test_a_sharded_base_is_evaluated_by_its_loss(pages, tmp_path):
+    data = pages / "train.jsonl"
+    done = together(
+        "train", *TRAIN, "--dataset", data, "--output_dir", tmp_path / "two", "--max_steps", 1, "--eval_dataset", data,
+        "--shard_base", True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (found,) = evaluations(run_folder(done.stdout))
+    assert 1 < found["eval_loss"] < 20
+    assert "eval_exact_match" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--eval_fraction", 0.1, "--eval_dataset", "x"), "--eval_dataset and --eval_fraction: give one of them"),
+        (("--eval_fraction", 1), "--eval_fraction 1: must be more than 0 and less than 1"),
+        (("--eval_fraction", 0.1, "--eval_generate", -1), "--eval_generate -1: must be at least 0"),
+        (("--early_stopping_patience", 2), "--early_stopping_patience has no effect without --eval_dataset or"),
+        (("--eval_generate", 2), "--eval_generate has no effect without --eval_dataset or --eval_fraction"),
+        (("--eval_steps", 2), "--eval_steps has no effect without --eval_dataset or --eval_fraction"),
+        (("--load_best_model_at_end", True), "--load_best_model_at_end has no effect without --eval_dataset or"),
+        (("--eval_fraction", 0.1, "--eval_strategy", "no"), "--eval_strategy no: then leave out --eval_dataset"),
+        (("--eval_fraction", 0.1, "--eval_strategy", "steps"), "--eval_strategy steps needs --eval_steps"),
+        (
+            ("--eval_fraction", 0.1, "--metric_for_best_model", "cer", "--eval_generate", 0),
+            "--metric_for_best_model cer needs answers: --eval_generate 16",
+        ),
+        (
+            ("--eval_fraction", 0.1, "--metric_for_best_model", "f1"),
+            "--metric_for_best_model f1: must be one of loss, exact_match, cer",
+        ),
+        (("--eval_fraction", 0.1, "--greater_is_better", True), "--greater_is_better: which way is better is known"),
+        (("--eval_fraction", 0.1, "--per_device_eval_batch_size", 4), "--per_device_eval_batch_size: evaluation lays"),
+    ],
+)
+def test_flags_that_cannot_act_are_refused(pages, run_cli, tmp_path, arguments, problem):
+    data = pages / "train.jsonl"
+    code, _, err = run_cli("train", "--model_id", TINY, "--dataset", data, "--output_dir", tmp_path, *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {problem}")
+    assert err.count("\n") == 1
+
+
+def test_answers_need_whole_layers():
+    class Args:
+        given, save_strategy, eval_strategy, metric_for_best_model = {}, "steps", "epoch", "loss"
+
+    arguments = EvaluationArguments(eval_fraction=0.1, eval_generate=4)
+    (problem,) = arguments.problems(Args, shard_base=True)
+    assert problem.startswith("--eval_generate needs whole layers")
+    Args.metric_for_best_model = "cer"
+    (problem,) = EvaluationArguments(eval_fraction=0.1).problems(Args, shard_base=True)
+    assert problem.startswith("--metric_for_best_model cer needs answers")
+
+
+def test_a_bad_row_of_the_evaluation_is_named(pages, run_cli, tmp_path):
+    data = write_jsonl(pages / "eval.jsonl", [row(1, "a", ["nowhere.png"])])
+    code, _, err = run_cli(
+        "train", *TRAIN, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path, "--eval_dataset", data
+    )
+    assert code == 2
+    assert f"error: {data}:1: image {pages / 'nowhere.png'} does not exist" in err
