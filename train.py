@@ -3,9 +3,10 @@
     python -m train --dataset dataset/train.jsonl --output_dir output --lora_rank 16 --learning_rate 1e-4
 
 Writes a new folder output/<two-words-hex>/ with the adapter (plain peft loads it), the tokenizer and processor files,
-and run.json: the settings, the data's hash and the package versions. Every record is read and every page opened before
-the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues a run,
-auto the newest one with the same settings. On Ctrl-C, SIGTERM or SIGUSR1 it saves after the step and ends.
+run.json (the settings, the data's hash and the package versions), config.yaml (--config with it repeats the run),
+metrics.jsonl, loss.svg and status.json, which python -m train_status reads. Every record is read and every page opened
+before the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues
+a run, auto the newest one with the same settings. On Ctrl-C, SIGTERM or SIGUSR1 it saves after the step and ends.
 
     torchrun --nproc_per_node 2 -m train …      (or accelerate launch --config_file configs/ddp.yaml -m train …)
 
@@ -81,6 +82,7 @@ def main() -> None:
     from mistral_ft.preflight import plan_training
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
+    from mistral_ft.status import Status
     from mistral_ft.training import FinetuneTrainer, check_optimizer
 
     quiet_libraries()
@@ -124,8 +126,10 @@ def main() -> None:
     args.output_dir = str(run.folder)
     print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
-    with run.cleaned_up_if_useless():
+    status = Status(run.folder)
+    with run.cleaned_up_if_useless(), status.ended():
         # 5. The base, frozen, and the adapter.
+        status.update("preparing")
         set_seed(args.seed)
         model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base)
         model = add_adapter(model, lora_args, model_args.model_id)
@@ -137,7 +141,9 @@ def main() -> None:
         trainer = FinetuneTrainer(
             model=model,
             args=args,
+            status=status,
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+            b_rate_ratio=lora_args.loraplus_lr_ratio or 1,
             save_minutes=checkpoint_args.save_minutes,
             evaluator=evaluator,
             patience=eval_args.early_stopping_patience,
@@ -162,6 +168,7 @@ def main() -> None:
 
         # 8. The adapter, whole or not at all.
         trainer.choose_adapter()
+        status.update("saving")
         from_first(lambda: run.save_adapter(model))
         trainer.save_state()
     print_peak_memory(device)

@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -230,7 +233,17 @@ class LoraArguments:
 
     lora_rank: int = _field(16, "Rank of the adapter matrices.")
     lora_alpha: int = _field(32, "The adapter's output is scaled by lora_alpha / lora_rank.")
+    use_rslora: bool = _field(False, "Scale it by lora_alpha / sqrt(lora_rank) instead: for high ranks.")
+    rank_pattern: str | None = _field(
+        None, "Other ranks by the end of layers' names, a regular expression: '{\"mlp.down_proj\": 32}'."
+    )
+    alpha_pattern: str | None = _field(None, "Other alphas, likewise.")
     lora_dropout: float = _field(0.05, "Dropout on the adapter's input.")
+    target_modules: str | None = _field(
+        None,
+        "Adapt only those linear layers of the text model whose whole name this regular expression matches, such "
+        "as '.*\\.[qv]_proj' (default: all).",
+    )
     num_lora_modules: int = _field(-1, "Adapt only so many linear layers of the text model (-1: all).")
     lora_modules_truncate_tail: bool = _field(
         False, "With --num_lora_modules: keep the layers at the model's start instead of those at its end."
@@ -246,6 +259,9 @@ class LoraArguments:
     train_projector: bool = _field(False, "Adapt the projector between vision tower and text model too.")
     vision_lr: float | None = _field(None, "Learning rate of the vision tower's adapter (default: --learning_rate).")
     projector_lr: float | None = _field(None, "Learning rate of the projector's adapter (default: --learning_rate).")
+    loraplus_lr_ratio: float | None = _field(
+        None, "LoRA+: how many times their learning rate the adapter's B matrices get (default: 1; the paper takes 16)."
+    )
 
     def __post_init__(self):
         if self.freeze_vision_tower is False:
@@ -268,6 +284,25 @@ class LoraArguments:
             found.append("--lora_modules_truncate_tail and --lora_modules_truncate_offset need --num_lora_modules")
         if self.lora_modules_truncate_offset < 0:
             found.append(f"--lora_modules_truncate_offset {self.lora_modules_truncate_offset}: must not be negative")
+        for name in ("rank_pattern", "alpha_pattern"):
+            try:
+                patterns = json.loads(getattr(self, name) or "{}")
+                if not isinstance(patterns, dict) or not all(type(n) is int and n > 0 for n in patterns.values()):
+                    raise ValueError
+                for pattern in patterns:
+                    re.compile(pattern)
+            except (ValueError, re.error):
+                example = '{"mlp.down_proj": 32}'
+                found.append(f"--{name} {getattr(self, name)}: expected patterns and whole numbers, such as {example}")
+        if self.target_modules is not None:
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                found.append(f"--target_modules {self.target_modules}: no regular expression: {error}")
+            if self.num_lora_modules >= 0:
+                found.append("--target_modules and --num_lora_modules: give one of them")
+        if self.loraplus_lr_ratio is not None and not 0 < self.loraplus_lr_ratio < math.inf:
+            found.append(f"--loraplus_lr_ratio {self.loraplus_lr_ratio}: must be more than 0")
         if self.vision_lr is not None and not self.vision_lora:
             found.append("--vision_lr has no effect without --vision_lora True")
         if self.projector_lr is not None and not self.train_projector:

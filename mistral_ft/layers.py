@@ -74,6 +74,31 @@ class Seeds:
         self.seeds.random_(-(2**31), 2**31 - 1)
 
 
+class EmbeddingNoise:
+    """NEFTune (Jain et al. 2023): uniform noise on the embeddings that a model in training reads.
+
+    Its size is alpha / sqrt(tokens of the record * numbers of an embedding). transformers' own takes all records of a
+    packed sequence for one, which makes the noise the smaller the more of them there are.
+
+    Args:
+        model: whose input embeddings get it; in evaluation they do not.
+
+    Attributes:
+        bounds: int (records + 1,): where each record starts, and at last the number of tokens.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float):
+        self.alpha, self.bounds = alpha, None
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        tokens = self.bounds.diff()
+        size = self.alpha / (tokens * output.shape[-1]).sqrt().repeat_interleave(tokens, output_size=output.shape[1])
+        return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul(size[:, None]).to(output.dtype)
+
+
 class LayerRunner:
     """Runs the layers of a model in training as told, without touching their weights.
 

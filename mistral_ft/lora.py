@@ -1,5 +1,6 @@
 """LoRA: which layers get an adapter, how an adapter is read, and what it does to a weight."""
 
+import json
 import math
 import os
 import re
@@ -38,12 +39,12 @@ MERGEABLE_SETTINGS = set(
 def target_modules(model: nn.Module, args: LoraArguments) -> str:
     """A regular expression that matches in full the names of the linear layers to adapt.
 
-    All those of the text model, or `num_lora_modules` of them in the model's order; with `vision_lora` those of the
-    vision tower, with `train_projector` those of the projector. (A list of leaf names, as most scripts give peft, would
-    hit the vision tower too.)
+    All those of the text model, those that `args.target_modules` matches, or `num_lora_modules` of them in the model's
+    order; with `vision_lora` those of the vision tower, with `train_projector` those of the projector. (A list of leaf
+    names, as most scripts give peft, would hit the vision tower too.)
 
     Raises:
-        UserError: if the truncation leaves nothing, or asks for more than there are.
+        UserError: if the truncation or the expression leaves nothing, or asks for more than there are.
     """
     names = [name for name, _ in model.named_modules() if re.fullmatch(TEXT_LAYERS, name)]
     chosen = TEXT_LAYERS
@@ -56,19 +57,38 @@ def target_modules(model: nn.Module, args: LoraArguments) -> str:
             )
         start = offset if args.lora_modules_truncate_tail else len(names) - offset - count
         chosen = "|".join(map(re.escape, names[start : start + count]))
+    if args.target_modules is not None:
+        matched = [name for name in names if re.fullmatch(args.target_modules, name)]
+        if not matched:
+            raise UserError(
+                f"--target_modules {args.target_modules}: matches no linear layer of the text model, such as {names[0]}"
+            )
+        chosen = "|".join(map(re.escape, matched))
     return "|".join([chosen] + [VISION_LAYERS] * args.vision_lora + [PROJECTOR] * args.train_projector)
 
 
 def add_adapter(model: nn.Module, args: LoraArguments, model_id: str) -> nn.Module:
-    """Freeze the model and wrap it with a new adapter that names `model_id` as its base."""
+    """Freeze the model and wrap it with a new adapter that names `model_id` as its base.
+
+    Raises:
+        UserError: if one of the arguments fits to no layer.
+    """
     from peft import LoraConfig, get_peft_model  # slow to import, and merge does without
 
+    targets = target_modules(model, args)
+    names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    patterns = {name: json.loads(getattr(args, name) or "{}") for name in ("rank_pattern", "alpha_pattern")}
+    for flag, pattern in ((flag, pattern) for flag, found in patterns.items() for pattern in found):
+        if not any(_by_pattern({pattern: True}, name, False) for name in names):
+            raise UserError(f"--{flag}: {pattern} is the end of no adapted layer's name, such as {names[0]}")
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
-        target_modules=target_modules(model, args),
+        use_rslora=args.use_rslora,
+        target_modules=targets,
+        **patterns,
         bias="none",
         task_type="CAUSAL_LM",
     )

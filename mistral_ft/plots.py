@@ -1,10 +1,10 @@
-"""The report's plots, as SVG for a page: they take its colours, and so follow light and dark."""
+"""Plots as SVG: those of the report take the colours of its page, and so follow light and dark; a run's is a file."""
 
 import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,6 +13,8 @@ from matplotlib.ticker import PercentFormatter
 
 # Colours that stand for the page's, which replace them in the SVG.
 INK, MUTED, LINE, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
+# A file's own colours, dark on white.
+ON_WHITE = {"--ink": "#1f2328", "--muted": "#8c959f", "--line": "#d0d7de", "--accent": "#0969da", "--second": "#bc4c00"}
 CSS = {INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", SECOND: "--second"}
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and is drawn in the page's font
@@ -104,6 +106,43 @@ def slices_plot(names: list[str], slices: list[dict[str, Any]], overall: float) 
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _legend(axes)
         return _svg(figure, "Accuracy by slice")
+
+
+def loss_plot(history: Sequence[dict[str, Any]], best_step: int | None) -> str:
+    """The course of a run, by optimizer step: losses on a logarithmic axis, right answers on another. A whole file.
+
+    Args:
+        history: a trainer's log, with at least one `loss`.
+        best_step: that of the best evaluation, if there was any.
+    """
+
+    def curve(name: str, factor: float = 1) -> tuple[list[int], list[float]]:
+        found = [(entry["step"], factor * entry[name]) for entry in history if name in entry]
+        return [step for step, _ in found], [value for _, value in found]
+
+    with _style():
+        figure, axes = _axes(8, 4.2)
+        axes.plot(*curve("loss"), color=MUTED, linewidth=1, label="loss in training")
+        evaluated = {"marker": "o", "markersize": 4}
+        if best_step is not None:
+            axes.plot(*curve("eval_loss"), color=ACCENT, linewidth=1.8, label="loss in evaluation", **evaluated)
+            axes.axvline(
+                best_step, color=ACCENT, linestyle=":", linewidth=1.2, label=f"best evaluation, step {best_step}"
+            )
+        axes.set_yscale("log")
+        axes.set(xlabel="step", ylabel="loss")
+        if any("eval_exact_match" in entry for entry in history):
+            right = axes.twinx()
+            right.plot(*curve("eval_exact_match"), color=SECOND, linewidth=1.5, linestyle="--", **evaluated)
+            axes.plot([], [], color=SECOND, linewidth=1.5, linestyle="--", label="answers that are right", **evaluated)
+            right.set(ylim=(-0.02, 1.02), ylabel="answers that are right")
+            right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            right.grid(visible=False)
+        _legend(axes)
+        svg = _svg(figure, "Loss in training and in evaluation, by step")
+    for name, colour in ON_WHITE.items():
+        svg = svg.replace(f"var({name})", colour)
+    return svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
 
 
 @contextlib.contextmanager

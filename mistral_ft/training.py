@@ -25,9 +25,11 @@ from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, TrainingC
 from mistral_ft.distributed import gather, join, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.evaluation import EvaluationCallback, Evaluator, best_evaluation, verdict
-from mistral_ft.layers import Seeds
+from mistral_ft.layers import EmbeddingNoise, Seeds
 from mistral_ft.progress import Progress
 from mistral_ft.run_folder import ADAPTER_WEIGHTS
+from mistral_ft.run_log import RunLog
+from mistral_ft.status import Status
 from mistral_ft.stopping import Stop, Timer
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
@@ -69,6 +71,7 @@ class FinetuneArguments(TrainingArguments):
         given: the arguments that the user set, as they were set.
         recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
         keep_best: whether the adapter of the best evaluation is the one that is kept.
+        noise: of NEFTune, see `EmbeddingNoise`; None: without.
     """
 
     output_dir: str | None = "output"
@@ -107,6 +110,7 @@ class FinetuneArguments(TrainingArguments):
             "num_train_epochs": self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
+            "neftune_noise_alpha": self.neftune_noise_alpha is None or 0 < self.neftune_noise_alpha < math.inf,
             "learning_rate": 0 < self.learning_rate < math.inf,
             "dataloader_num_workers": self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
             "seed": 0 <= self.seed < 2**32,
@@ -123,6 +127,8 @@ class FinetuneArguments(TrainingArguments):
             self.activation_checkpointing = None
         # Trainer's own way would need evaluations and checkpoints at the same steps, and saves before it compares.
         self.keep_best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        # Trainer's own takes a sequence for a record.
+        self.noise, self.neftune_noise_alpha = self.neftune_noise_alpha, None
         self.bf16 = False  # no autocast: every layer knows its dtype
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if on_gpu else 0
@@ -157,9 +163,11 @@ class FinetuneTrainer(Trainer):
     """Trains an adapter on batches of `TrainingCollator`.
 
     Args:
+        b_rate_ratio: LoRA+ (Hayou et al. 2024): how many times their learning rate the adapter's B matrices get.
         learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
             others get `args.learning_rate`.
         save_minutes: save a checkpoint at the first step after so many minutes without one; None: by steps alone.
+        status: where it is told what is being done; None: in the output folder.
         evaluator: what is measured, at the steps that the arguments name; None: nothing is.
         patience: of `EvaluationCallback`.
 
@@ -171,15 +179,18 @@ class FinetuneTrainer(Trainer):
     def __init__(
         self,
         *args,
+        status: Status | None = None,
         learning_rates: dict[str, float] | None = None,
+        b_rate_ratio: float = 1,
         save_minutes: float | None = None,
         evaluator: Evaluator | None = None,
         patience: int | None = None,
         **kwargs,
     ):
-        self.learning_rates = learning_rates or {}
+        self.learning_rates, self.b_rate_ratio = learning_rates or {}, b_rate_ratio
         self.evaluator = evaluator
         super().__init__(*args, eval_dataset=evaluator and evaluator.dataset, **kwargs)
+        self.status = status or Status(Path(self.args.output_dir))
         # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.callback_handler.callbacks = [
@@ -190,8 +201,10 @@ class FinetuneTrainer(Trainer):
         self.add_callback(EpochCallback(self))
         self.add_callback(SaveCallback(self))
         self.add_callback(EvaluationCallback(patience))
+        self.add_callback(RunLog(self, self.status))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
         self.seeds = Seeds(self.model)
+        self.noise = self.args.noise and EmbeddingNoise(self.model.get_base_model(), self.args.noise)
         # Dropout differs from process to process, and is that of a single one in the first.
         torch.manual_seed(self.args.seed + rank())
         self.stop, self.stopped, self.timer = Stop(), False, Timer(save_minutes)
@@ -320,6 +333,8 @@ class FinetuneTrainer(Trainer):
         """
         positions, labels = inputs.pop("label_positions"), inputs.pop("labels")
         core = model.get_base_model()
+        if self.noise:
+            self.noise.bounds = inputs["cu_seq_lens"]
         hidden = core.model(**inputs, use_cache=False).last_hidden_state[0, positions]
         targets = labels[0, positions + 1]
         summed = sum(
@@ -338,7 +353,9 @@ class FinetuneTrainer(Trainer):
             by_rate: dict[float, list] = {}
             for parameter in group["params"]:
                 rates = [rate for part, rate in self.learning_rates.items() if part in names[parameter]]
-                by_rate.setdefault(rates[0] if rates else group["lr"], []).append(parameter)
+                rate = rates[0] if rates else group["lr"]
+                rate *= self.b_rate_ratio if "lora_B" in names[parameter] else 1
+                by_rate.setdefault(rate, []).append(parameter)
             groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         optimizer.param_groups[:] = groups
         return optimizer
@@ -354,6 +371,7 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """What the evaluator measures, logged."""
         started = time.perf_counter()
+        self.status.update("evaluating")
         metrics = self.evaluator.measure(self)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -388,6 +406,7 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         run, step, keep = Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit
         best = self.best_step if self.args.keep_best else None
+        self.status.update("saving")
         with checkpoints.writing(run, step, self.checkpoint_bytes(), keep, best) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None

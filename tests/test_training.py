@@ -45,6 +45,7 @@ def make_trainer(dataset, tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide half of the gradients
                 torch.nn.init.normal_(parameter, std=0.02)
+        (tmp_path / "run").mkdir(exist_ok=True)
         args = FinetuneArguments(output_dir=str(tmp_path / "run"), save_strategy="no", **arguments)
         trainer = FinetuneTrainer(model=model, args=args)
         plan_training(trainer, dataset, sizes, speed or SpeedArguments())

@@ -1,0 +1,52 @@
+"""Say what a training run is doing, or how it ended.
+
+    python -m train_status output/<name>
+
+Prints one line; with --json what status.json holds, its state `dead` if the run's process is no more. The exit code is
+0 while it runs and when it is done, 1 if it failed, was stopped, or is dead. With --wait it returns when the run ends.
+"""
+
+import json
+import time
+
+from tqdm import tqdm
+
+from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.status import RUNNING, read_status
+
+
+def parse_arguments():
+    parser = ArgumentParser(prog="python -m train_status", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", help="run folder, such as output/<name>")
+    parser.add_argument("--json", action="store_true", help="print the status as JSON")
+    parser.add_argument("--wait", action="store_true", help="wait until the run has ended")
+    return parser.parse_args()
+
+
+def describe(status: dict) -> str:
+    """A status as one line."""
+    parts = [status["state"]]
+    if "step" in status:
+        parts.append(f"step {status['step']}/{status['steps']}")
+    parts += [f"{name.replace('_', ' ')} {status[name]:.4f}" for name in ("loss", "eval_loss") if name in status]
+    if "tokens_per_second" in status:
+        parts.append(f"{status['tokens_per_second']:,.0f} tokens/s")
+    if status["state"] in RUNNING and "seconds_left" in status:
+        parts.append(f"{tqdm.format_interval(status['seconds_left'])} left")
+    if "error" in status:
+        parts.append(status["error"])
+    return ", ".join([*parts, f"updated {status['updated']}"])
+
+
+def main() -> int:
+    args = parse_arguments()
+    status = read_status(args.run)
+    while args.wait and status["state"] in RUNNING:
+        time.sleep(1)
+        status = read_status(args.run)
+    print(json.dumps(status) if args.json else describe(status))
+    return 0 if status["state"] in (*RUNNING, "done") else 1
+
+
+if __name__ == "__main__":
+    run_step(main)
