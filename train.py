@@ -83,12 +83,13 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
-    from mistral_ft.training import FinetuneTrainer, check_optimizer
+    from mistral_ft.training import FinetuneTrainer, check_optimizer, check_trackers
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
 
     check_optimizer(args)
+    check_trackers(args)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
     settings |= {"evaluation": eval_args, "checkpoints": checkpoint_args}
     resumed = None
@@ -123,7 +124,7 @@ def main() -> None:
     run = resumed or from_first(lambda: Run.create(args.output_dir, settings, base, len(records)))
     if not run.folder.is_dir():
         raise UserError(f"{run.folder}: not to be seen by process {rank()}; --output_dir must be on a shared disk")
-    args.output_dir = str(run.folder)
+    args.output_dir, args.run_name = str(run.folder), args.run_name or run.folder.name
     print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
     status = Status(run.folder)

@@ -217,8 +217,6 @@ class EvaluationArguments:
             given.append("save_strategy best")
         if not self.wanted:
             found += [f"--{name} has no effect without --eval_dataset or --eval_fraction" for name in given]
-        elif args.eval_strategy == "no" and "eval_strategy" in args.given:
-            found.append("--eval_strategy no: then leave out --eval_dataset and --eval_fraction")
         answers = 0 if shard_base and self.eval_generate is None else self.eval_generate
         if shard_base and answers:
             found.append("--eval_generate needs whole layers, and --shard_base True has none; leave it out")

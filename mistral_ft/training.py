@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft import checkpoints
@@ -90,6 +91,8 @@ class FinetuneArguments(TrainingArguments):
             f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
         ]
         on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.report_to in ("all", ["all"]):
+            problems.append("--report_to all: name the trackers, such as --report_to tensorboard")
         if self.bf16 is not None and self.bf16 != on_gpu:
             problems.append(f"--bf16 {self.bf16}: the base is trained in bfloat16 on a GPU and in float32 on a CPU")
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
@@ -135,7 +138,10 @@ class FinetuneArguments(TrainingArguments):
         self.dataloader_pin_memory &= on_gpu
         self.use_cpu = not on_gpu  # else accelerate does not see that there are several processes
         join(self.ddp_timeout, on_gpu, self.ddp_backend)
+        trackers = [] if self.report_to in (None, "none", []) else self.report_to
+        trackers = trackers.split(",") if isinstance(trackers, str) else trackers
         super().__post_init__()
+        self.report_to = trackers  # not one more because of what the machine's environment says
         # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
         self._n_gpu = min(1, self.n_gpu)
 
@@ -153,6 +159,16 @@ def check_optimizer(args: FinetuneArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except Exception as error:
         raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
+
+
+def check_trackers(args: FinetuneArguments) -> None:
+    """Raises UserError if a tracker of --report_to is unknown, or its package is not installed."""
+    for name in args.report_to:
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UserError(f"--report_to {name}: {error}") from None
 
 
 def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

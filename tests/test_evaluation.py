@@ -41,18 +41,18 @@ def test_evaluation_leaves_no_trace_in_what_is_learned(pages, train_tiny, layout
 
 def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path):
     rows = read_rows(ROOT / "dataset/train.jsonl")
-    learned, asked = write_jsonl(tmp_path / "a.jsonl", rows[:40]), write_jsonl(tmp_path / "b.jsonl", rows[40:60])
+    learned, asked = write_jsonl(tmp_path / "a.jsonl", rows[:32]), write_jsonl(tmp_path / "b.jsonl", rows[32:42])
     images = ("--images_dir", ROOT / "dataset")
     run = train_tiny(
-        learned, *images, "--eval_dataset", asked, "--eval_generate", 20, "--num_train_epochs", 2, "--learning_rate",
+        learned, *images, "--eval_dataset", asked, "--num_train_epochs", 2, "--learning_rate",
         "3e-3", "--per_device_train_batch_size", 4, "--train_projector", True, "--save_strategy", "no",
     )  # fmt: skip
     assert [entry["epoch"] for entry in evaluations(run)] == [1, 2]  # of itself, after each epoch
     last = evaluations(run)[-1]
     predicted = tmp_path / "out.jsonl"
-    assert run_cli("predict", asked, run, *images, "-o", predicted)[0] == 0
+    assert run_cli("predict", asked, run, *images, "-o", predicted, "--max_new_tokens", 30)[0] == 0
     score = json.loads(run_cli("score", predicted, "--json")[1])
-    assert last["eval_exact_match"] == score["hits"] / 20 > 0
+    assert last["eval_exact_match"] == score["hits"] / 10 > 0
     # An answer is no longer here than the longest that is expected.
     found = [edit_counts(row["actual"], row["expected"])[:2] for row in read_rows(predicted)]
     assert last["eval_cer"] <= sum(edits for edits, _ in found) / sum(count for _, count in found) + 1e-9
@@ -217,7 +217,6 @@ def test_a_sharded_base_is_evaluated_by_its_loss(pages, tmp_path):
         (("--eval_generate", 2), "--eval_generate has no effect without --eval_dataset or --eval_fraction"),
         (("--eval_steps", 2), "--eval_steps has no effect without --eval_dataset or --eval_fraction"),
         (("--load_best_model_at_end", True), "--load_best_model_at_end has no effect without --eval_dataset or"),
-        (("--eval_fraction", 0.1, "--eval_strategy", "no"), "--eval_strategy no: then leave out --eval_dataset"),
         (("--eval_fraction", 0.1, "--eval_strategy", "steps"), "--eval_strategy steps needs --eval_steps"),
         (
             ("--eval_fraction", 0.1, "--metric_for_best_model", "cer", "--eval_generate", 0),

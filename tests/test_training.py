@@ -16,7 +16,7 @@ from mistral_ft.data import RecordDataset, RecordSize, measure_records
 from mistral_ft.errors import UserError
 from mistral_ft.evaluation import Evaluator
 from mistral_ft.images import ImageFitter
-from mistral_ft.layers import LoraLinear, hashed_dropout
+from mistral_ft.layers import EmbeddingNoise, LoraLinear, hashed_dropout
 from mistral_ft.lora import add_adapter, target_modules
 from mistral_ft.model import load_base
 from mistral_ft.pages import open_image
@@ -140,6 +140,55 @@ def test_layers_computed_twice_change_nothing(make_trainer):
 def test_compiled_layers_change_nothing(make_trainer):
     trainer = make_trainer(speed=SpeedArguments(pack_length=400, compile=True), gradient_checkpointing=True)
     assert_same(loss_and_gradients(trainer, [ROWS]), plain_loss_and_gradients(trainer, ROWS))
+
+
+def test_variants_of_lora_compute_what_peft_does(make_trainer):
+    lora = LoraArguments(
+        lora_dropout=0, use_rslora=True, target_modules=".*(q_proj|down_proj)", rank_pattern='{"down_proj": 4}',
+        alpha_pattern='{"layers.1.self_attn.q_proj": 5}',
+    )  # fmt: skip
+    trainer = make_trainer(lora=lora)
+    layers = {name: module for name, module in trainer.model.named_modules() if isinstance(module, LoraLinear)}
+    assert len(layers) == 2 * 4
+    scaling = {name.split("layers.")[1]: module.scaling["default"] for name, module in layers.items()}
+    assert scaling["0.self_attn.q_proj"] == 32 / 4  # alpha / sqrt(16)
+    assert scaling["1.self_attn.q_proj"] == 5 / 4
+    assert scaling["0.mlp.down_proj"] == 32 / 2
+    assert_same(loss_and_gradients(trainer, [ROWS]), plain_loss_and_gradients(trainer, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            {"target_modules": "q_proj"},
+            "--target_modules q_proj: matches no linear layer of the text model, such as mo",
+        ),
+        ({"rank_pattern": '{"proj": 4}'}, "--rank_pattern: proj is the end of no adapted layer's name, such as model"),
+        ({"alpha_pattern": '{"q_proj": 4}', "target_modules": ".*k_proj"}, "--alpha_pattern: q_proj is the end of no"),
+    ],
+)
+def test_names_that_fit_no_layer_are_refused(arguments, problem):
+    with pytest.raises(UserError) as stop:
+        add_adapter(load_base(TINY, torch.device("cpu")), LoraArguments(**arguments), "models/tiny")
+    assert str(stop.value).startswith(problem)
+
+
+def test_noise_is_that_of_each_record_by_itself():
+    """Neither the other records of a sequence nor what fills it up make it smaller."""
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: embeddings
+    embeddings = torch.nn.Embedding(10, 64)
+    noise = EmbeddingNoise(model, alpha=8)
+    ids = torch.ones(1, 1000, dtype=torch.int64)
+    noise.bounds = torch.tensor([0, 4, 104, 1000, 1000, 1000], dtype=torch.int32)
+    added = (embeddings(ids) - embeddings.weight[1])[0].abs()
+    for start, end in ((0, 4), (4, 104), (104, 1000)):
+        size = 8 / ((end - start) * 64) ** 0.5
+        assert 0.95 * size < added[start:end].max() <= size + 1e-5
+        assert added[start:end].mean().item() == pytest.approx(size / 2, rel=0.1)
+    embeddings.eval()
+    assert torch.equal(embeddings(ids)[0, 0], embeddings.weight[1])
 
 
 def test_losses_of_many_labels_are_summed_in_parts(make_trainer, monkeypatch):
@@ -336,6 +385,15 @@ def test_learning_rates_of_parts(make_trainer):
     assert {group["lr"]: len(group["params"]) for group in groups} == {1e-3: 56, 1e-5: 56, 1e-4: 6}
 
 
+def test_lora_plus_speeds_up_the_b_matrices(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3)
+    trainer.learning_rates, trainer.b_rate_ratio = {"vision_tower": 1e-5}, 16
+    groups = trainer.create_optimizer().param_groups
+    assert {group["lr"]: len(group["params"]) for group in groups} == {1e-3: 31, 1.6e-2: 31, 1e-5: 28, 1.6e-4: 28}
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    assert all(("lora_B" in names[p]) == (group["lr"] in (1.6e-2, 1.6e-4)) for group in groups for p in group["params"])
+
+
 def test_a_part_that_learns_nothing_stops_the_run(make_trainer):
     trainer = make_trainer(max_steps=2, per_device_train_batch_size=8)
     trainer.model.register_parameter("lora_left_out", torch.nn.Parameter(torch.ones(1)))
@@ -388,6 +446,12 @@ def test_arguments_that_cannot_act_are_refused_by_name(arguments, tmp_path):
         ({"lora_alpha": 0}, "--lora_alpha 0: must be at least 1"),
         ({"num_lora_modules": -7}, "--num_lora_modules -7: must be at least 1, or -1 for all"),
         ({"lora_rank": 0}, "--lora_rank 0: must be at least 1"),
+        ({"rank_pattern": "{q: 1"}, "--rank_pattern {q: 1: expected patterns and whole numbers, such as {"),
+        ({"rank_pattern": '{"q": 0}'}, "expected patterns and whole numbers"),
+        ({"alpha_pattern": '{"q(": 1}'}, "expected patterns and whole numbers"),
+        ({"target_modules": "("}, "--target_modules (: no regular expression: "),
+        ({"target_modules": ".*", "num_lora_modules": 3}, "--target_modules and --num_lora_modules: give one of them"),
+        ({"loraplus_lr_ratio": 0.0}, "--loraplus_lr_ratio 0.0: must be more than 0"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1.0: must be"),
     ],
 )
