@@ -124,7 +124,8 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except torch.OutOfMemoryError:
             raise UserError(
-                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some"
+                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some "
+                "when you go on"
             ) from None
         except TorchDynamoException as error:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None

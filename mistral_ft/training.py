@@ -1,5 +1,6 @@
 """The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
 
+import contextlib
 import math
 import pickle
 import time
@@ -131,6 +132,18 @@ def check_optimizer(args: FinetuneArguments) -> None:
         raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
 
 
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of torch's generators on the CPU and on the GPU in use."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for on_gpu in state[1:]:
+        torch.cuda.set_rng_state(on_gpu)
+
+
 def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
@@ -231,12 +244,29 @@ class FinetuneTrainer(Trainer):
             self._logged_at = time.perf_counter()
         self._tokens += inputs.pop("num_tokens")
         self.saw_images |= "pixel_values" in inputs
+        if not self._losses:
+            self._random_state = _random_state(self.args.device)
         self.seeds.draw()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            self._rescue(model)
+            raise
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
             self._meet()
         return loss * world_size()
+
+    def _rescue(self, model) -> None:
+        """Save the last whole step if no memory is left for the next one; several processes cannot agree on it."""
+        newest = checkpoints.newest_first(Path(self.args.output_dir))[:1]
+        if world_size() > 1 or self.state.global_step in (0, *map(checkpoints.step_of, newest)):
+            return
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        _set_random_state(self._random_state)
+        with contextlib.suppress(UserError, torch.OutOfMemoryError):
+            self._save_checkpoint(model, None)
 
     def _meet(self) -> None:
         """Agree with the other processes on the gradients, and on whether to save and to stop."""

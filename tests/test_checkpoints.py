@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from mistral_ft import checkpoints, stopping, training
 from mistral_ft.run_folder import Run
@@ -255,6 +256,28 @@ def test_a_second_signal_ends_at_once(command, run_cli, monkeypatch, tmp_path):
     assert code == 130
     assert err.endswith("error: ended before it could save\n")
     assert not any((tmp_path / "output").iterdir())
+
+
+def test_a_gpu_without_memory_left_saves_the_last_step(whole, command, run_cli, monkeypatch, tmp_path):
+    expected = weights(whole)
+    shutil.rmtree(whole)
+    loss, calls = training.FinetuneTrainer.compute_loss, []
+
+    def hungry_loss(self, *args, **kwargs):
+        calls.append(loss(self, *args, **kwargs))  # it draws dropout first
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError
+        return calls[-1]
+
+    monkeypatch.setattr(training.FinetuneTrainer, "compute_loss", hungry_loss)
+    code, _, err = run_cli("train", *command)
+    assert code == 2
+    assert "error: the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib" in err
+    (run,) = (tmp_path / "output").iterdir()
+    assert f"Continue with --resume_from_checkpoint {run}\n" in err
+    assert checkpoints.newest_sound(run) == run / "checkpoint-3"
+    assert run_cli("train", *command, "--resume_from_checkpoint", "auto")[0] == 0
+    assert weights(run) == expected
 
 
 def test_minutes_save_too(pages, train_tiny, run_cli):
