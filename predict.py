@@ -27,6 +27,7 @@ from mistral_ft.distributed import (
     world_size,
 )
 from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.pages import limit_pixels
 from mistral_ft.records import MAX_NEW_TOKENS, read_records
 
 
@@ -36,6 +37,7 @@ def parse_arguments():
     parser.add_argument("model", help="adapter folder (output/<name>), merged model folder, or hub id")
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
+    parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
     parser.add_argument(
         "--max_new_tokens",
         type=int,
@@ -82,7 +84,10 @@ def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
     silence_others()
+    limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
+    if text := next((record for record in records if record.text is not None), None):
+        raise UserError(f"{text.path}:{text.line}: plain text asks nothing, so there is nothing to answer")
 
     import torch
 
@@ -91,6 +96,7 @@ def main() -> int:
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
+    from mistral_ft.rows import data_files
     from mistral_ft.run_folder import versions
 
     quiet_libraries()
@@ -107,8 +113,9 @@ def main() -> int:
     beams = args.num_beams if search else None
     batches = from_first(lambda: plan(lengths, folders.folder, device, args.max_new_tokens, size, beams))
     settings = {
-        "dataset": sha256_file(args.dataset),
+        "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
+        "max_image_pixels": args.max_image_pixels,
         "model": folders.fingerprint(),
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
@@ -126,7 +133,7 @@ def main() -> int:
         print(f"Continuing: {len(predictions.done)} of {len(records)} rows are done", file=sys.stderr)
 
     # 4. Answers, batch by batch.
-    rows = [record.data for record in records]
+    rows = [record.row for record in records]
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     mine = left[rank() :: world_size()]
     try:

@@ -27,6 +27,7 @@ from mistral_ft.arguments import (
 )
 from mistral_ft.distributed import finish, from_first, rank, silence_others, take_sharding, world_size
 from mistral_ft.errors import UserError, run_step
+from mistral_ft.pages import limit_pixels
 from mistral_ft.records import read_records
 
 
@@ -51,6 +52,8 @@ def main() -> None:
         raise UserError("; ".join(problems))
     if speed_args.shard_base and lora_args.use_dora:
         raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
+
+    limit_pixels(data_args.max_image_pixels)
 
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)

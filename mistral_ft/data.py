@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch.utils.data import Sampler
 
 from mistral_ft.distributed import gather, rank, world_size
 from mistral_ft.errors import RecordError, raise_all
-from mistral_ft.images import ImageFitter, open_image, to_patches
+from mistral_ft.images import ImageFitter, to_patches
+from mistral_ft.pages import open_image
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, length_problem
+from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import Record
 
 
@@ -41,7 +41,7 @@ class RecordDataset:
         """Raises RecordError if an image of the record cannot be opened."""
         record = self.records[index]
         try:
-            images = [open_image(path) for path in record.image_paths]
+            images = [open_image(path, self.fitter) for path in record.image_paths]
             grids = [self.fitter.grid(*image.size) for image in images]
         except ValueError as error:
             raise record.error(str(error)) from None
@@ -53,14 +53,6 @@ class RecordDataset:
             "pixel_values": [to_patches(page, self.fitter.patch_size, self.fitter.cell_size) for page in pixels],
             "image_sizes": [page.shape[1:] for page in pixels],
         }
-
-
-def encode_record(
-    encoder: PromptEncoder, record: Record, grids: Sequence[tuple[int, int]], with_answer: bool
-) -> tuple[list[int], list[int]]:
-    """`input_ids` and `labels` of a record, with its expected answer or without."""
-    expected = record.expected if with_answer else None
-    return encoder.encode(record.messages, grids, expected, record.data.get("tools"))
 
 
 class RecordSize(NamedTuple):
@@ -88,9 +80,9 @@ def measure_records(
         UserError: naming the records whose page cannot be opened or that are too long.
     """
 
-    def grid(path: Path) -> tuple[int, int] | str:
+    def grid(path: str) -> tuple[int, int] | str:
         try:
-            return fitter.grid(*open_image(path).size)
+            return fitter.grid(*open_image(path, fitter).size)
         except ValueError as error:
             return str(error)
 

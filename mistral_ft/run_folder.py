@@ -21,6 +21,7 @@ from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
 from mistral_ft.model_card import write_model_card
 from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
+from mistral_ft.rows import data_files
 
 RUN_FILE = "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -116,7 +117,7 @@ class Run:
             UserError: if the newest run of this data's name is unfinished, and its data has been edited.
         """
         now = _describe(settings)
-        names = [str(path) for path in settings["data"].dataset]
+        names = [str(file) for path in settings["data"].dataset for file in data_files(path)]
         for _, folder in sorted(_runs(output_dir), reverse=True):
             written = read_run(folder)
             changed = _changes(written, now)
@@ -220,8 +221,8 @@ def _runs(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
-    """Names and SHA-256 of files."""
-    return [{"path": str(path), "sha256": sha256_file(path)} for path in paths]
+    """Names and SHA-256 of the files that hold the rows of data sources."""
+    return [{"path": str(file), "sha256": sha256_file(file)} for path in paths for file in data_files(path)]
 
 
 def _json(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from mistral_ft.errors import RecordError, UserError
 from mistral_ft.metrics import FOLDS, Grade, answer_of, fields_of, grade
 from mistral_ft.mistakes import Mistakes
 from mistral_ft.progress import Progress
-from mistral_ft.records import check_record, image_blocks, parse_line
+from mistral_ft.records import check_record, image_blocks
+from mistral_ft.rows import parse_line
 from mistral_ft.statistics import wilson
 
 CHUNK_BYTES = 16 << 20
@@ -326,14 +327,15 @@ def slice_of(row: dict[str, Any], options: Options) -> str:
 
 
 def _page_size(row: dict[str, Any], images_dir: Path) -> str:
-    from mistral_ft.images import page_size
+    from mistral_ft.pages import page_size
+    from mistral_ft.references import resolve
 
     try:
         check_record(row)
         images = image_blocks(row["messages"])
         if not images:
             return "no page"
-        width, height = page_size(images_dir / images[0])
+        width, height = page_size(resolve(images[0], images_dir))
     except ValueError:
         return "page cannot be opened"
     return _bucket(width * height / 1e6, MEGAPIXELS, "megapixels")
