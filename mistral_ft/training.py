@@ -24,7 +24,7 @@ from mistral_ft.distributed import gather, join, rank, sum_gradients, total, vot
 from mistral_ft.errors import UserError
 from mistral_ft.layers import Seeds
 from mistral_ft.progress import Progress
-from mistral_ft.stopping import Stop, Timer
+from mistral_ft.stopping import Stop, Timer, leave_signals_to_the_parent
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
 LABELS_AT_ONCE = 2048
@@ -212,6 +212,7 @@ class FinetuneTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -131,21 +131,22 @@ FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "line"),
+    ("fault", "line", "more"),
     [
-        ("error", "error: page 7 is gone"),
-        ("kill", "error: another process of this run has ended; is it killed, or out of memory?"),
+        ("error", "error: page 7 is gone", ()),
+        ("kill", "error: another process of this run has ended; is it killed, or out of memory?", ()),
         (
             "hang",
             "error: process 1 of 2 (numbered from 0) has kept the others waiting for 10 s; look at its machine and its "
             "GPU, or raise --ddp_timeout",
+            (),
         ),
-        ("term", "error: stopped after step 4, which is saved"),
+        ("term", "error: stopped after step 4, which is saved", ("--shard_base", True)),
     ],
 )
-def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line):
+def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line, more):
     output = tmp_path / "output"
-    arguments = (*FAULTY, "--dataset", pages / "train.jsonl", "--output_dir", output)
+    arguments = (*FAULTY, *more, "--dataset", pages / "train.jsonl", "--output_dir", output)
     done = together("tests.faulty", fault, 1, 4, *arguments)
     assert done.returncode == 1  # torchrun's
     assert errors(done) == [line]
