@@ -272,9 +272,8 @@ class FinetuneTrainer(Trainer):
     def _meet(self) -> None:
         """Agree with the other processes on the gradients, and on whether to save and to stop."""
         parameters = self.trained
-        bad, self.save_agreed, self.stop_agreed, self.saw_images, *learned = vote(
+        self.save_agreed, self.stop_agreed, self.saw_images, *learned = vote(
             [
-                not torch.stack(self._losses).isfinite().all().item(),
                 self.timer.due,
                 self.stop.requested,
                 self.saw_images,
@@ -283,31 +282,33 @@ class FinetuneTrainer(Trainer):
             self.args.device,
         )
         sum_gradients(parameters, learned)
-        if bad:
-            self._refuse_step("loss")
-        self._losses.clear()
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
+        # A loss that is no number gives gradients that are none, and the sum of all processes' is none in each of them.
         if not math.isfinite(norm):
-            self._refuse_step("gradient")
+            self._refuse_step()
+        self._losses.clear()
         return norm
 
-    def _refuse_step(self, what: str) -> NoReturn:
+    def _refuse_step(self) -> NoReturn:
         """End before a step that would spoil the weights.
 
         Raises:
             UserError: naming the records of the step; where a loss is no number, those of its micro-batches.
         """
+        finite = [loss.isfinite().item() for loss in self._losses]
+        in_a_loss = any(gather(not all(finite)))
         accumulation = self.args.gradient_accumulation_steps
         start = self.state.global_step % math.ceil(len(self.batches) / accumulation) * accumulation
         turns = self.batches.turns(start, start + accumulation)
-        finite = [loss.isfinite().item() for loss in self._losses] or [False] * len(turns)
-        mine = [pack for batch, good in zip(turns, finite, strict=True) if not good for pack in batch]
+        suspect = [not (good and in_a_loss) for good in finite]
+        mine = [pack for batch, named in zip(turns, suspect, strict=True) if named for pack in batch]
         packed = self.train_dataset
         numbers = sorted(number for packs in gather(mine) for pack in packs for number in packed.packs[pack])
         named = [f"{packed.dataset.records[n].path}:{packed.dataset.records[n].line}" for n in numbers]
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        what = "loss" if in_a_loss else "gradient"
         raise UserError(
             f"the {what} of step {self.state.global_step + 1} is no finite number, the step was not made; its records: "
             f"{', '.join(named[:8])}{more}; look at them, or lower --learning_rate"
