@@ -352,3 +352,17 @@ def test_tokens_are_written_nowhere(whole, command, run_cli, monkeypatch):
     assert code == 2
     assert "--hub_token: a run is uploaded after it was checked" in more_err
     assert secret not in out + err + more_out + more_err
+
+
+def test_a_model_folder_of_a_stranger_runs_no_code(pages, run_cli, monkeypatch, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'opened')!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        settings = json.loads((model / name).read_text())
+        settings["auto_map"] = {
+            kind: "evil.Evil" for kind in ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor")
+        }
+        (model / name).write_text(json.dumps(settings))
+    code, _, err = run_cli("predict", pages / "train.jsonl", model, "-o", tmp_path / "out.jsonl", "--limit", 1)
+    assert code == 0, err
+    assert not (tmp_path / "opened").exists()
