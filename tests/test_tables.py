@@ -3,7 +3,12 @@
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pytest
@@ -14,6 +19,7 @@ from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
 from mistral_ft.rows import count_rows, data_files
 from mistral_ft.tables import open_table
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +168,59 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     path.write_text('[\n  // pages of 2024\n  {"text": "a"}]')
     with pytest.raises(UserError, match=r"a.json: a comment at line 2, column 3: JSON allows none, remove it$"):
         read_records([path])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one set, org/name, of one parquet file."""
+
+    data: bytes
+    file = "data/train-00000-of-00001.parquet"
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].removeprefix("/api/datasets/org/name")
+        entry = {"type": "file", "path": self.file, "size": len(self.data), "oid": "b" * 40}
+        headers = {"ETag": '"1"', "X-Repo-Commit": "a" * 40, "Content-Type": "application/json"}
+        if path.startswith("/tree/"):
+            folder = {"type": "directory", "path": "data", "oid": "c" * 40}
+            body = json.dumps([entry] if path.endswith("/data") else [folder]).encode()
+        elif path == "" or path.startswith("/revision/"):
+            body = json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": [{"rfilename": self.file}]}).encode()
+        elif path.endswith(self.file):
+            body = self.data
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_set_of_the_hub(tmp_path):
+    image = {"bytes": png(7), "path": None}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"question": "Q", "answer": "A", "image": image}]).to_parquet(path)
+    Hub.data = path.read_bytes()
+    hub = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    program = (
+        "from mistral_ft.records import read_records; from mistral_ft.pages import open_image\n"
+        "(record,) = read_records(['org/name:train'], expected_required=True)\n"
+        "print(record.path, record.line, record.expected, open_image(*record.image_paths).getpixel((0, 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    hub.shutdown()
+    assert done.stdout == "org/name:train 1 A (7, 7, 7)\n", done.stderr
