@@ -19,7 +19,7 @@ from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
 from mistral_ft.rows import count_rows, data_files
 from mistral_ft.tables import open_table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +62,15 @@ def dataset():
 
 
 def test_a_parquet_file_holds_records(tmp_path, dataset):
-    path = tmp_path / "data" / "a b.parquet"
+    path = tmp_path / "data" / "a [b].parquet"
     path.parent.mkdir()
     dataset.to_parquet(path, batch_size=2)
     records = read_records([path], expected_required=True)
     assert [r.line for r in records] == [1, 2, 3]
     assert [r.data for r in records] == [
-        record("a b.parquet", 0, 1, n=1),
-        record("a b.parquet", 1, 2),
-        record("a b.parquet", 2, 0, n=3),
+        record("a [b].parquet", 0, 1, n=1),
+        record("a [b].parquet", 1, 2),
+        record("a [b].parquet", 2, 0, n=3),
     ]
     assert color_of(f"{path}#row=0&column=images&item=0") == 1
     assert color_of(f"{path}#row=1&column=images&item=0") == 2
@@ -114,6 +114,17 @@ def test_a_folder_holds_splits(tmp_path, dataset, kind):
     assert all(file.is_file() for file in data_files(f"{folder}:test"))
     with pytest.raises(UserError, match=f"^{folder}:dev: no such split; there is train, test$"):
         read_records([f"{folder}:dev"])
+
+
+def test_a_split_compares_pages_in_tables(tmp_path, run_cli):
+    rows = [{"question": f"Q{k}", "answer": "A", "image": {"bytes": png(k // 2), "path": None}} for k in range(8)]
+    path, out = tmp_path / "a.parquet", tmp_path / "out.jsonl"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    assert run_cli("reformat_data", path, out, "--split", 0.5)[0] == 0
+    sides = [{r["id"] for r in read_rows(tmp_path / f"out.{side}.jsonl")} for side in ("train", "test")]
+    assert [len(side) for side in sides] == [4, 4]
+    for k in (1, 3, 5, 7):  # two rows of one page each
+        assert any({f"a-{k}", f"a-{k + 1}"} <= side for side in sides)
 
 
 def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
