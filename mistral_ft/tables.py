@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 64
 
 
 @lru_cache(8)
-def open_table(source: str):
+def open_table(source: str) -> datasets.Dataset:
     """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
 
     Raises:
