@@ -230,6 +230,11 @@ class FinetuneTrainer(Trainer):
                 checkpoint = kwargs["resume_from_checkpoint"]
                 raise UserError(f"{checkpoint}: holds something other than numbers, which is not opened") from None
 
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer's, unless the run was over when it was resumed: Trainer would make one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
         count = sum(len(batch["label_positions"]) for batch in batch_samples)

@@ -113,6 +113,16 @@ def test_auto_without_a_run_starts_one(command, run_cli, tmp_path):
     assert len(list((tmp_path / "output").iterdir())) == 2
 
 
+def test_auto_leaves_a_run_that_is_over_as_it_is(whole, command, run_cli):
+    before = weights(whole)
+    code, out, err = run_cli("train", *command, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    assert f"Continuing from {whole / 'checkpoint-6'}" in out
+    assert weights(whole) == before
+    assert json.loads((whole / "trainer_state.json").read_text())["global_step"] == 6
+    assert list(whole.parent.iterdir()) == [whole]
+
+
 def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli):
     second = Run.resume_newest(whole.parent, settings_of(command)).folder
     assert second == whole
@@ -359,9 +369,7 @@ def test_a_model_folder_of_a_stranger_runs_no_code(pages, run_cli, monkeypatch, 
     (model / "evil.py").write_text(f"open({str(tmp_path / 'opened')!r}, 'w')\n")
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         settings = json.loads((model / name).read_text())
-        settings["auto_map"] = {
-            kind: "evil.Evil" for kind in ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor")
-        }
+        settings["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor"), "evil.Evil")
         (model / name).write_text(json.dumps(settings))
     code, _, err = run_cli("predict", pages / "train.jsonl", model, "-o", tmp_path / "out.jsonl", "--limit", 1)
     assert code == 0, err
