@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from mistral_ft.data import PackBatches
@@ -21,7 +20,7 @@ def together(module: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module]
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=240,
+        text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def test_two_processes_train_what_one_does(pages, train_tiny, tmp_path, layout, 
     ours, theirs = load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+        assert (theirs[name] - tensor).norm() <= 2e-3 * tensor.norm(), name
 
 
 def test_two_processes_answer_what_one_does(pages, run_cli, tmp_path):
