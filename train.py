@@ -78,7 +78,14 @@ def main() -> None:
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
-    from mistral_ft.model import check_model_folder, load_base, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model import (
+        check_model_folder,
+        held_bytes,
+        load_base,
+        pick_device,
+        print_peak_memory,
+        quiet_libraries,
+    )
     from mistral_ft.preflight import plan_training
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
@@ -136,6 +143,9 @@ def main() -> None:
         model = add_adapter(model, lora_args, model_args.model_id)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+        if speed_args.shard_base:
+            held, whole = (amount / 2**30 for amount in held_bytes(model))
+            print(f"Each process holds {held:.4g} GiB of the {whole:.4g} GiB that the model has")
 
         # 6. How to train: which records share a sequence, and what the GPU has room for.
         rates = {"vision_tower": lora_args.vision_lr, "multi_modal_projector": lora_args.projector_lr}
@@ -157,7 +167,8 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except torch.OutOfMemoryError:
             raise UserError(
-                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some"
+                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some "
+                "when you go on"
             ) from None
         except TorchDynamoException as error:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None

@@ -85,7 +85,7 @@ class Bench:
         signal.alarm(max(1, int(self.end - time.monotonic())))
         for line in process.stdout:
             lines.append(line)
-            if shown:
+            if shown or line.startswith("Each process holds"):
                 self.say(f"  {line.rstrip()}")
         signal.alarm(0)
         states = sorted(output.glob("*/trainer_state.json"))
@@ -180,7 +180,7 @@ def main() -> None:
         makers = [[sys.executable, "-c", "import shutil; shutil.copytree('dataset', r'%s')" % (args.work / "pages")]]
     else:
         makers.append([sys.executable, "-m", "bench.random_24b", args.work / "24b", *tekken])
-    making = [subprocess.Popen(list(map(str, maker)), cwd=ROOT) for maker in makers]
+    making = [subprocess.Popen(list(map(str, maker)), cwd=ROOT, stderr=subprocess.DEVNULL) for maker in makers]
     compare_losses(bench, steps=8)
     if any(maker.wait() for maker in making):
         sys.exit("the model or the pages could not be made")

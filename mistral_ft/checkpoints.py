@@ -108,7 +108,7 @@ def writing(run: Path, step: int, size: int, keep: int | None, best: int | None 
         shutil.rmtree(staging)
         for old in newest_first(run)[keep:] if keep else ():
             if step_of(old) != best:
-                shutil.rmtree(old)
+                _remove(old)
     gather(None)  # nobody goes on, or ends, before the checkpoint is safe
 
 
@@ -122,6 +122,13 @@ def _complete(inner: Path, final: Path, step: int) -> None:
     write_json(inner / MANIFEST, {"step": step, "files": files})
     fsync_path(inner)
     if final.exists():  # a broken one, which a run that was continued from an earlier one has passed over
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(inner, final)
     fsync_path(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take the name away first: who is killed in the middle leaves no half of a checkpoint under it."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)

@@ -134,7 +134,7 @@ def finish() -> None:
     if world_size() > 1:
         import torch.distributed as dist
 
-        dist.barrier()
+        gather(None)
         dist.destroy_process_group()
 
 

@@ -69,7 +69,8 @@ def run_step(main: Callable[[], int | None]) -> None:
     is our bug and keeps its traceback. Of several processes, the first one that fails says so.
     """
     # What a scheduler sends is cleaned up after like Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -173,6 +173,16 @@ def shard_layers(model: Mistral3ForConditionalGeneration, device: torch.device) 
     model.model.multi_modal_projector.to(device)
 
 
+def held_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the model's parameters in this process, and of all of them."""
+    held = whole = 0
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        held += local.numel() * local.element_size()
+        whole += parameter.numel() * parameter.element_size()
+    return held, whole
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse what is no Mistral3 model folder, before anything slow starts.
 

@@ -124,13 +124,12 @@ class Run:
             UserError: if the newest run of this data's name is unfinished, and its data has been edited.
         """
         now = _describe(settings)
-        names = [str(path) for path in settings["data"].dataset]
+        names = [str(file) for path in settings["data"].dataset for file in data_files(path)]
         for _, folder in sorted(_runs(output_dir), reverse=True):
             written = read_run(folder)
             changed = _changes(written, now)
-            finished = (folder / ADAPTER_CONFIG).exists()
-            same_names = [file["path"] for file in written["data"]["files"]] == names
-            if changed == ["data"] and same_names and not finished and newest_first(folder):
+            finished = (folder / ADAPTER_CONFIG).exists() or not newest_first(folder)
+            if changed == ["data"] and not finished and [file["path"] for file in written["data"]["files"]] == names:
                 raise UserError(
                     f"{', '.join(names)}: edited since {folder} was stopped; put back what it was, or start anew "
                     "without --resume_from_checkpoint"
@@ -223,8 +222,8 @@ def _runs(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     """The runs in a folder, each with its number: clocks can be set back, numbers only grow."""
     found = []
     for path in Path(output_dir).glob(f"*/{RUN_FILE}"):
-        with contextlib.suppress(UserError):
-            found.append((read_run(path.parent).get("number", 0), path.parent))
+        with contextlib.suppress(ValueError, TypeError):  # not a run of ours
+            found.append((int(read_run(path.parent).get("number", 0)), path.parent))
     return found
 
 

@@ -35,6 +35,12 @@ class Stop:
         print(f"{signal.Signals(number).name}: saving after this step; again ends at once", file=sys.stderr, flush=True)
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For a DataLoader's workers: a signal to all processes at once must not take the next step's pages away."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def insist() -> NoReturn:
     """End now."""
     raise KeyboardInterrupt("ended before it could save")

@@ -5,6 +5,7 @@ a set may be larger than RAM. An image in a row, bytes or path, becomes the refe
 (`&item=0` where the column holds lists), counted from 0, which `pages.py` opens.
 """
 
+import glob
 import io
 import json
 import os
@@ -13,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 
 from mistral_ft.errors import UserError
@@ -22,24 +25,21 @@ ROWS_AT_ONCE = 64
 
 
 @lru_cache(8)
-def open_table(source: str):
+def open_table(source: str) -> datasets.Dataset:
     """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
 
     Raises:
         UserError: if it cannot be read, in one line.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: reading tables needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
     try:
         if Path(path).is_file():
-            found = datasets.Dataset.from_parquet(path)
+            found = datasets.Dataset.from_parquet(glob.escape(path))
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:

@@ -1,5 +1,6 @@
 """The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
 
+import contextlib
 import math
 import pickle
 import sys
@@ -31,7 +32,7 @@ from mistral_ft.progress import Progress
 from mistral_ft.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.run_log import RunLog
 from mistral_ft.status import Status
-from mistral_ft.stopping import Stop, Timer
+from mistral_ft.stopping import Stop, Timer, leave_signals_to_the_parent
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
 LABELS_AT_ONCE = 2048
@@ -171,6 +172,18 @@ def check_trackers(args: FinetuneArguments) -> None:
             raise UserError(f"--report_to {name}: {error}") from None
 
 
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of torch's generators on the CPU and on the GPU in use."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for on_gpu in state[1:]:
+        torch.cuda.set_rng_state(on_gpu)
+
+
 def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
@@ -256,6 +269,7 @@ class FinetuneTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -274,6 +288,11 @@ class FinetuneTrainer(Trainer):
                 checkpoint = kwargs["resume_from_checkpoint"]
                 raise UserError(f"{checkpoint}: holds something other than numbers, which is not opened") from None
 
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer's, unless the run was over when it was resumed: Trainer would make one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
         count = sum(len(batch["label_positions"]) for batch in batch_samples)
@@ -289,19 +308,35 @@ class FinetuneTrainer(Trainer):
             self._logged_at = time.perf_counter()
         self._tokens += inputs.pop("num_tokens")
         self.saw_images |= "pixel_values" in inputs
+        if not self._losses:
+            self._random_state = _random_state(self.args.device)
         self.seeds.draw()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            self._rescue(model)
+            raise
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
             self._meet()
         return loss * world_size()
 
+    def _rescue(self, model) -> None:
+        """Save the last whole step if no memory is left for the next one; several processes cannot agree on it."""
+        newest = checkpoints.newest_first(Path(self.args.output_dir))[:1]
+        if world_size() > 1 or self.state.global_step in (0, *map(checkpoints.step_of, newest)):
+            return
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        _set_random_state(self._random_state)
+        with contextlib.suppress(UserError, torch.OutOfMemoryError):
+            self._save_checkpoint(model, None)
+
     def _meet(self) -> None:
         """Agree with the other processes on the gradients, and on whether to save and to stop."""
         parameters = self.trained
-        bad, self.save_agreed, self.stop_agreed, self.saw_images, *learned = vote(
+        self.save_agreed, self.stop_agreed, self.saw_images, *learned = vote(
             [
-                not torch.stack(self._losses).isfinite().all().item(),
                 self.timer.due,
                 self.stop.requested,
                 self.saw_images,
@@ -310,31 +345,33 @@ class FinetuneTrainer(Trainer):
             self.args.device,
         )
         sum_gradients(parameters, learned)
-        if bad:
-            self._refuse_step("loss")
-        self._losses.clear()
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
+        # A loss that is no number gives gradients that are none, and the sum of all processes' is none in each of them.
         if not math.isfinite(norm):
-            self._refuse_step("gradient")
+            self._refuse_step()
+        self._losses.clear()
         return norm
 
-    def _refuse_step(self, what: str) -> NoReturn:
+    def _refuse_step(self) -> NoReturn:
         """End before a step that would spoil the weights.
 
         Raises:
             UserError: naming the records of the step; where a loss is no number, those of its micro-batches.
         """
+        finite = [loss.isfinite().item() for loss in self._losses]
+        in_a_loss = any(gather(not all(finite)))
         accumulation = self.args.gradient_accumulation_steps
         start = self.state.global_step % math.ceil(len(self.batches) / accumulation) * accumulation
         turns = self.batches.turns(start, start + accumulation)
-        finite = [loss.isfinite().item() for loss in self._losses] or [False] * len(turns)
-        mine = [pack for batch, good in zip(turns, finite, strict=True) if not good for pack in batch]
+        suspect = [not (good and in_a_loss) for good in finite]
+        mine = [pack for batch, named in zip(turns, suspect, strict=True) if named for pack in batch]
         packed = self.train_dataset
         numbers = sorted(number for packs in gather(mine) for pack in packs for number in packed.packs[pack])
         named = [f"{packed.dataset.records[n].path}:{packed.dataset.records[n].line}" for n in numbers]
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        what = "loss" if in_a_loss else "gradient"
         raise UserError(
             f"the {what} of step {self.state.global_step + 1} is no finite number, the step was not made; its records: "
             f"{', '.join(named[:8])}{more}; look at them, or lower --learning_rate"

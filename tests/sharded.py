@@ -5,7 +5,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mistral_ft.distributed import finish, join
-from mistral_ft.model import load_base
+from mistral_ft.model import held_bytes, load_base
 from tests.conftest import TINY
 
 
@@ -14,8 +14,9 @@ def main() -> None:
     whole, sharded = (load_base(TINY, torch.device("cpu"), share) for share in (False, True))
     layers = sharded.model.language_model.layers
     assert all(isinstance(p, DTensor) for p in layers.parameters())
-    held = sum(p.to_local().numel() for p in layers.parameters())
-    assert 2 * held == sum(p.numel() for p in whole.model.language_model.layers.parameters())
+    rest = held_bytes(whole)[0] - held_bytes(whole.model.language_model.layers)[0]
+    assert held_bytes(sharded) == (rest + held_bytes(layers)[0], held_bytes(whole)[0])
+    assert 2 * held_bytes(layers)[0] == held_bytes(layers)[1] == held_bytes(whole.model.language_model.layers)[0]
 
     ids = torch.arange(40, 60)[None]
     bounds = {"cu_seq_lens": torch.tensor([0, 20], dtype=torch.int32), "max_length": 20}

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from mistral_ft import checkpoints, stopping, training
 from mistral_ft.run_folder import Run
@@ -109,6 +111,16 @@ def test_auto_without_a_run_starts_one(command, run_cli, tmp_path):
     code, out, _ = run_cli("train", *command, "--resume_from_checkpoint", "auto", "--lora_rank", 4)
     assert "Nothing to continue from: a new run" in out
     assert len(list((tmp_path / "output").iterdir())) == 2
+
+
+def test_auto_leaves_a_run_that_is_over_as_it_is(whole, command, run_cli):
+    before = weights(whole)
+    code, out, err = run_cli("train", *command, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    assert f"Continuing from {whole / 'checkpoint-6'}" in out
+    assert weights(whole) == before
+    assert json.loads((whole / "trainer_state.json").read_text())["global_step"] == 6
+    assert list(whole.parent.iterdir()) == [whole]
 
 
 def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli):
@@ -243,13 +255,31 @@ def test_a_signal_saves_at_the_next_step(whole, command, run_cli, monkeypatch, n
     assert code == 130
     assert f"{number.name}: saving after this step; again ends at once" in err
     assert err.endswith("error: stopped after step 3, which is saved\n")
-    assert signal.getsignal(number) == before or number == signal.SIGTERM  # run_step sets that one
+    assert signal.getsignal(number) == before or number != signal.SIGINT  # run_step sets the others
     (run,) = (tmp_path / "output").iterdir()
     assert f"Continue with --resume_from_checkpoint {run}\n" in err
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
     code, _, err = run_cli("train", *command, "--save_strategy", "no", "--resume_from_checkpoint", "auto")
     assert code == 0, err
     assert weights(run) == expected
+
+
+def test_a_signal_to_the_workers_too_saves(command, run_cli, monkeypatch, tmp_path):
+    step, calls = training.FinetuneTrainer.training_step, []
+
+    def signalled_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 1
+            for number in (workers[0].pid, os.getpid()):
+                os.kill(number, signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.FinetuneTrainer, "training_step", signalled_step)
+    code, _, err = run_cli("train", *command, "--save_strategy", "no", "--dataloader_num_workers", 1)
+    assert code == 130
+    assert err.endswith("error: stopped after step 2, which is saved\n")
 
 
 def test_a_second_signal_ends_at_once(command, run_cli, monkeypatch, tmp_path):
@@ -263,6 +293,28 @@ def test_a_second_signal_ends_at_once(command, run_cli, monkeypatch, tmp_path):
     assert code == 130
     assert err.endswith("error: ended before it could save\n")
     assert not any((tmp_path / "output").iterdir())
+
+
+def test_a_gpu_without_memory_left_saves_the_last_step(whole, command, run_cli, monkeypatch, tmp_path):
+    expected = weights(whole)
+    shutil.rmtree(whole)
+    loss, calls = training.FinetuneTrainer.compute_loss, []
+
+    def hungry_loss(self, *args, **kwargs):
+        calls.append(loss(self, *args, **kwargs))  # it draws dropout first
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError
+        return calls[-1]
+
+    monkeypatch.setattr(training.FinetuneTrainer, "compute_loss", hungry_loss)
+    code, _, err = run_cli("train", *command)
+    assert code == 2
+    assert "error: the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib" in err
+    (run,) = (tmp_path / "output").iterdir()
+    assert f"Continue with --resume_from_checkpoint {run}\n" in err
+    assert checkpoints.newest_sound(run) == run / "checkpoint-3"
+    assert run_cli("train", *command, "--resume_from_checkpoint", "auto")[0] == 0
+    assert weights(run) == expected
 
 
 def test_minutes_save_too(pages, train_tiny, run_cli):
@@ -318,3 +370,15 @@ def test_tokens_are_written_nowhere(whole, command, run_cli, monkeypatch):
     assert code == 2
     assert "--hub_token: a run is uploaded after it was checked" in more_err
     assert secret not in out + err + more_out + more_err
+
+
+def test_a_model_folder_of_a_stranger_runs_no_code(pages, run_cli, monkeypatch, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'opened')!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        settings = json.loads((model / name).read_text())
+        settings["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor"), "evil.Evil")
+        (model / name).write_text(json.dumps(settings))
+    code, _, err = run_cli("predict", pages / "train.jsonl", model, "-o", tmp_path / "out.jsonl", "--limit", 1)
+    assert code == 0, err
+    assert not (tmp_path / "opened").exists()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from mistral_ft.data import PackBatches
@@ -21,7 +20,7 @@ def together(module: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module]
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=240,
+        text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def test_two_processes_train_what_one_does(pages, train_tiny, tmp_path, layout, 
     ours, theirs = load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+        assert (theirs[name] - tensor).norm() <= 2e-3 * tensor.norm(), name
 
 
 def test_two_processes_answer_what_one_does(pages, run_cli, tmp_path):
@@ -131,21 +130,22 @@ FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "line"),
+    ("fault", "line", "more"),
     [
-        ("error", "error: page 7 is gone"),
-        ("kill", "error: another process of this run has ended; is it killed, or out of memory?"),
+        ("error", "error: page 7 is gone", ()),
+        ("kill", "error: another process of this run has ended; is it killed, or out of memory?", ()),
         (
             "hang",
             "error: process 1 of 2 (numbered from 0) has kept the others waiting for 10 s; look at its machine and its "
             "GPU, or raise --ddp_timeout",
+            (),
         ),
-        ("term", "error: stopped after step 4, which is saved"),
+        ("term", "error: stopped after step 4, which is saved", ("--shard_base", True)),
     ],
 )
-def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line):
+def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line, more):
     output = tmp_path / "output"
-    arguments = (*FAULTY, "--dataset", pages / "train.jsonl", "--output_dir", output)
+    arguments = (*FAULTY, *more, "--dataset", pages / "train.jsonl", "--output_dir", output)
     done = together("tests.faulty", fault, 1, 4, *arguments)
     assert done.returncode == 1  # torchrun's
     assert errors(done) == [line]
