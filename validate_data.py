@@ -24,7 +24,9 @@ def parse_arguments():
     )
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: each file's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
-    parser.add_argument("--model_id", help="model to train, a hub id or a folder: count tokens as it does")
+    parser.add_argument(
+        "--model_id", help="model to train, a hub id or a folder, or an adapter: count tokens as it does"
+    )
     parser.add_argument("--max_seq_length", type=int, help="tokens a record may have, with --model_id (default: 32768)")
     parser.add_argument("--write_clean", metavar="FILE", help="write the rows of FILE… that are not fatal to FILE")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows with the trained tokens marked")
@@ -54,7 +56,7 @@ def parse_arguments():
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft.hub import find_model_folder
+    from mistral_ft.hub import find_prompt_folders
     from mistral_ft.images import ImageFitter
     from mistral_ft.pages import limit_pixels
     from mistral_ft.progress import Progress
@@ -70,16 +72,16 @@ def main() -> int | None:
     ]
 
     # 2. The model's tokenizer and page settings.
-    folder = encoder = fitter = None
+    folders = encoder = fitter = None
     if args.model_id:
-        folder = find_model_folder(args.model_id, weights=False)
-        encoder, fitter = PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder)
+        folders = find_prompt_folders(args.model_id)
+        encoder, fitter = PromptEncoder.from_folder(folders[0]), ImageFitter.from_folder(folders[1])
 
     # 3. Row by row, on all cores.
     tally, shown, kept = Tally(sources), [], 0
     with contextlib.ExitStack() as files:
         clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
-        rows = files.enter_context(contextlib.closing(check_files(sources, folder, args.max_seq_length or 32768)))
+        rows = files.enter_context(contextlib.closing(check_files(sources, folders, args.max_seq_length or 32768)))
         for source, line, raw, checked in rows:
             problems = tally.add(source, line, checked)
             for problem in problems:

@@ -122,9 +122,9 @@ class RowChecker:
         self._open = functools.lru_cache(1024)(self._open_page)
 
     @classmethod
-    def from_folder(cls, folder: Path, max_seq_length: int) -> "RowChecker":
-        """A checker for a model's folder; raises UserError if its tokenizer or page settings cannot be used."""
-        return cls(PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder), max_seq_length)
+    def from_folders(cls, prompt: Path, pages: Path, max_seq_length: int) -> "RowChecker":
+        """A checker for a model's tokenizer and page settings; raises UserError if they cannot be used."""
+        return cls(PromptEncoder.from_folder(prompt), ImageFitter.from_folder(pages), max_seq_length)
 
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
@@ -260,11 +260,11 @@ def _key(text: str) -> int:
 _checker: RowChecker  # a worker's own
 
 
-def _start_worker(folder: Path | None, max_seq_length: int) -> None:
+def _start_worker(folders: tuple[Path, Path] | None, max_seq_length: int) -> None:
     global _checker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     warnings.simplefilter("ignore")  # Pillow's, which name no file
-    _checker = RowChecker.from_folder(folder, max_seq_length) if folder else RowChecker()
+    _checker = RowChecker.from_folders(*folders, max_seq_length) if folders else RowChecker()
 
 
 def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked | None]:
@@ -272,12 +272,12 @@ def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked
 
 
 def check_files(
-    sources: Sequence[Source], folder: Path | None, max_seq_length: int
+    sources: Sequence[Source], folders: tuple[Path, Path] | None, max_seq_length: int
 ) -> Iterator[tuple[Source, int, bytes, Checked]]:
     """Check files in parallel, with a progress bar.
 
     Args:
-        folder: of a model, as for `RowChecker.from_folder`; None leaves out tokens and the size pages are fed at.
+        folders: of a model, as for `RowChecker.from_folders`; None leaves out tokens and the size pages are fed at.
 
     Yields:
         For every line that is not blank, in order: its file, its number from 1, the line itself, what was found.
@@ -288,7 +288,7 @@ def check_files(
     progress = Progress("checking", sum(_count_lines(source.path) for source in sources), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, max_seq_length))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
     window = collections.deque()
 
     def take() -> Iterator[tuple[Source, int, bytes, Checked]]:

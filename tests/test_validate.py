@@ -380,7 +380,7 @@ WARNINGS = {
 
 @pytest.fixture(scope="module")
 def checker():
-    return RowChecker.from_folder(TINY, 2048)
+    return RowChecker.from_folders(TINY, TINY, 2048)
 
 
 def problems(checker, folder, line: bytes, number: int = 2, is_eval: bool = False) -> list[str]:
