@@ -71,12 +71,15 @@ def main() -> int:
     args = parse_arguments()
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
+    if text := next((record for record in records if record.text is not None), None):
+        raise UserError(f"{text.path}:{text.line}: plain text asks nothing, so there is nothing to answer")
 
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
+    from mistral_ft.rows import data_files
     from mistral_ft.run_folder import versions
 
     quiet_libraries()
@@ -92,7 +95,7 @@ def main() -> int:
     beams = args.num_beams if search else None
     batches = plan(lengths, folders.folder, device, args.max_new_tokens, size, beams)
     settings = {
-        "dataset": sha256_file(args.dataset),
+        "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
         "max_image_pixels": args.max_image_pixels,
         "model": folders.fingerprint(),
@@ -111,7 +114,7 @@ def main() -> int:
         print(f"Continuing: {len(predictions.done)} of {len(records)} rows are done", file=sys.stderr)
 
     # 4. Answers, batch by batch.
-    rows = [record.data for record in records]
+    rows = [record.row for record in records]
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     try:
         if predictions.batches_left:

@@ -25,8 +25,9 @@ from mistral_ft.files import atomic_write, check_target
 from mistral_ft.formats import FORMATS, convert, possible_formats
 from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
-from mistral_ft.records import check_record, image_blocks, parse_line, read_jsonl
+from mistral_ft.records import check_record, image_blocks
 from mistral_ft.references import resolve, split_page
+from mistral_ft.rows import count_rows, data_files, read_objects
 from mistral_ft.splitting import Splitter
 
 FIRST_ROWS = 100  # that the format is told by
@@ -87,30 +88,6 @@ def find_targets(args) -> list[Path]:
         if target.exists() and not args.overwrite:
             raise UserError(f"{target}: is there already; give another file, or --overwrite")
     return targets
-
-
-def is_array(path: Path) -> bool:
-    """Whether a file is one JSON array, by its first character; a byte order mark and blank lines aside."""
-    with open(path, "rb") as file:
-        starts = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
-        return next(filter(None, starts), b"").startswith(b"[")
-
-
-def load_array(path: Path) -> list[Any]:
-    """The values of a file that is one JSON array."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-
-
-def check_array(path: Path, values: list[Any], errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(Number, value) of each value that is an object; the others go to `errors`."""
-    for number, value in enumerate(values, 1):
-        try:
-            yield number, parse_line(json.dumps(value).encode())
-        except ValueError as error:
-            errors.append(RecordError(path, number, str(error)))
 
 
 def has_value(row: dict[str, Any], field: str, value: str) -> bool:
@@ -187,25 +164,18 @@ class Rows:
     """The wanted rows of a file, read one by one.
 
     Attributes:
-        unit: what their numbers count.
         unreadable: lines that hold no row.
-        total: lines or rows of the file.
+        total: rows of the file, blank lines among them.
         count: rows that were read.
         unwanted: how many of them --where leaves out.
     """
 
-    def __init__(self, path: Path, where: list[tuple[str, str]]):
+    def __init__(self, path: Path, images_dir: Path, where: list[tuple[str, str]]):
         self.unreadable: list[RecordError] = []
         self.count = self.unwanted = 0
         self._where = where
-        if is_array(path):
-            values = load_array(path)
-            self.unit, self.total = "row", len(values)
-            self._rows = check_array(path, values, self.unreadable)
-        else:
-            with open(path, "rb") as file:
-                self.unit, self.total = "line", sum(1 for _ in file)
-            self._rows = read_jsonl(path, self.unreadable)
+        self.total = count_rows(path)
+        self._rows = read_objects(path, images_dir, self.unreadable)
 
     @property
     def seen(self) -> int:
@@ -235,11 +205,11 @@ class Reasons:
     def count(self) -> int:
         return sum(len(lines) for _, lines in self._lines.values())
 
-    def print(self, unit: str) -> None:
+    def print(self) -> None:
         """The commonest reason first, each in the words of its first row."""
         for reason, lines in sorted(self._lines.values(), key=lambda found: -len(found[1])):
             shown = ", ".join(map(str, lines[:LINES_SHOWN])) + (", …" if len(lines) > LINES_SHOWN else "")
-            print(f"  {len(lines)} × {reason} ({unit}{'s' if len(lines) > 1 else ''} {shown})")
+            print(f"  {len(lines)} × {reason} (row{'s' if len(lines) > 1 else ''} {shown})")
 
     def first(self) -> str:
         reason, lines = next(iter(self._lines.values()))
@@ -249,8 +219,7 @@ class Reasons:
 def main() -> None:
     # 1. Arguments, and where to write.
     args = parse_arguments()
-    if not args.input.is_file():
-        raise UserError(f"{args.input}: {'is a folder; give a file' if args.input.is_dir() else 'no such file'}")
+    data_files(args.input)
     targets = find_targets(args)
     images_dir, output_dir = args.images_dir or args.input.parent, args.output.parent
     if not images_dir.is_dir():
@@ -258,7 +227,7 @@ def main() -> None:
     same_folder = images_dir.resolve() == output_dir.resolve()
 
     # 2. The wanted rows, and their format.
-    rows = Rows(args.input, args.where)
+    rows = Rows(args.input, images_dir, args.where)
     wanted = iter(rows)
     first = list(itertools.islice(wanted, FIRST_ROWS))
     if not first:
@@ -313,7 +282,7 @@ def main() -> None:
         for error in rows.unreadable:
             dropped.add(error.reason, error.line)
         if not written:
-            raise UserError(f"{args.input}: nothing to write, all rows were left out; {rows.unit} {dropped.first()}")
+            raise UserError(f"{args.input}: nothing to write, all rows were left out; row {dropped.first()}")
 
         # 4. The two sides of the split.
         if split:
@@ -329,10 +298,10 @@ def main() -> None:
     left = f", {rows.unwanted} left out by --where" if rows.unwanted else ""
     left += ", the rest by --limit" if written == args.limit else ""
     print(f"{rows.seen} rows read, {written} written, {dropped.count()} dropped{left}")
-    dropped.print(rows.unit)
+    dropped.print()
     if fields.count():
         print("Fields left out:")
-        fields.print(rows.unit)
+        fields.print()
     for target, size in zip(targets, sizes or [written], strict=True):
         print(f"{size} records in {target}")
     if embedded.used:

@@ -12,7 +12,7 @@ from mistral_ft.errors import RecordError, raise_all
 from mistral_ft.images import ImageFitter, to_patches
 from mistral_ft.pages import open_image
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, length_problem
+from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import Record
 
 
@@ -50,14 +50,6 @@ class RecordDataset:
             "pixel_values": [to_patches(page, self.fitter.patch_size, self.fitter.cell_size) for page in pixels],
             "image_sizes": [page.shape[1:] for page in pixels],
         }
-
-
-def encode_record(
-    encoder: PromptEncoder, record: Record, grids: Sequence[tuple[int, int]], with_answer: bool
-) -> tuple[list[int], list[int]]:
-    """`input_ids` and `labels` of a record, with its expected answer or without."""
-    expected = record.expected if with_answer else None
-    return encoder.encode(record.messages, grids, expected, record.data.get("tools"))
 
 
 class RecordSize(NamedTuple):

@@ -6,7 +6,7 @@
 | alpaca   | {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer]]} |
 | sharegpt | {"conversations": [{"from": "human" or "gpt", "value"}, ...], "system"?}         |
 | llava    | sharegpt with "image" or "images", shown where the text says <image>            |
-| openai   | {"messages": [...]}, the last one the assistant's; parts of type image_url      |
+| openai   | {"messages": [...]} with parts of type image_url, the last one the assistant's  |
 | columns  | a prompt and an answer under names of their own                                 |
 | inst     | {"text": "<s>[INST] question [/INST] answer</s>"}                               |
 
@@ -17,6 +17,8 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+
+from mistral_ft.conversation import with_weights
 
 COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 RESERVED = ("id", "messages", "expected", "actual", "error")
@@ -43,9 +45,7 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
     if isinstance(messages, list) and messages:
         if row.get("expected") is not None:
             return ["native"]
-        last = messages[-1]
-        answered = isinstance(last, dict) and last.get("role") == "assistant"
-        return ["openai"] if answered or any(map(_has_url_parts, messages)) else ["native", "openai"]
+        return ["openai"] if any(map(_is_openai, messages)) else ["native", "openai"]
     if "instruction" in row and "output" in row:
         return ["alpaca"]
     if any(prompt in row and answer in row for prompt, answer in COLUMNS):
@@ -55,9 +55,59 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
     return []
 
 
-def _has_url_parts(message: Any) -> bool:
+def _is_openai(message: Any) -> bool:
+    """Whether a message has what only OpenAI's rows have: images as image_url parts, or the developer's role."""
     content = message.get("content") if isinstance(message, dict) else None
-    return isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == "image_url" for p in content)
+    parts = content if isinstance(content, list) else []
+    return bool(content) and (
+        message.get("role") == "developer" or any(isinstance(p, dict) and p.get("type") == "image_url" for p in parts)
+    )
+
+
+def as_record(row: Row) -> Row:
+    """A row of a data file as a record, not yet checked.
+
+    Prompt and answer columns and [INST] text become messages; images in a column of their own go to the image blocks
+    that name none; tools written as JSON text are read. Everything else stays as it is.
+
+    Raises:
+        ValueError: why that cannot be done, in one line.
+    """
+    form = next(iter(possible_formats(row)), None)
+    if form in DIRECT:
+        row, _ = convert(row, form)
+    if form == "native" and ("images" in row or "image" in row):
+        row = row | {"messages": _fill_images(row)}
+    if isinstance(row.get("tools"), str):
+        try:
+            row = row | {"tools": json.loads(row["tools"])}
+        except (ValueError, RecursionError):
+            raise ValueError("`tools` is text that is no JSON") from None
+    return row
+
+
+def _fill_images(row: Row) -> list[dict[str, Any]]:
+    """A row's messages, their image blocks without `image` given the images of the row's column, in order."""
+    messages = row["messages"]
+    empty = [
+        block
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for block in message["content"]
+        if isinstance(block, dict) and block.get("type") == "image" and block.get("image") is None
+    ]
+    if not empty:
+        return messages
+    images = _images(row)
+    if len(images) != len(empty):
+        raise ValueError(f"{len(empty)} image blocks name no image, and the row's column has {len(images)} of them")
+    named = {id(block): block | {"image": image} for block, image in zip(empty, images, strict=True)}
+    return [
+        message | {"content": [named.get(id(block), block) for block in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple[Row, list[str]]:
@@ -91,7 +141,7 @@ def _alpaca(row: Row) -> Conversation:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
     used = {"instruction", "input", "output", "system", "history", "image", "images"}
-    return _with_images(messages, _images(row)), _text(row, "output"), used
+    return _with_images(with_weights(messages, default=1), _images(row)), _text(row, "output"), used
 
 
 def _sharegpt(row: Row) -> Conversation:
@@ -140,21 +190,23 @@ def _from_parts(message: Any) -> dict[str, Any]:
     return message | {"content": blocks}
 
 
-def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The messages up to the last, which is the answer to learn, and that answer."""
+def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+    """The messages up to the last, which is the answer to learn, and that answer.
+
+    All messages and None if it is no text to learn, but a tool call or of weight 0. Earlier answers are learned too, as
+    other toolkits do.
+    """
     last = messages[-1]
     if last.get("role") != "assistant":
         raise ValueError(f"ends with the {last.get('role')}'s turn, so there is no answer to learn")
-    if last.get("tool_calls"):
-        raise ValueError("ends with a tool call; `expected` takes text")
-    if last.get("weight") == 0:
-        raise ValueError("the last answer has weight 0, so there is nothing to learn")
+    if last.get("tool_calls") or last.get("weight") == 0:
+        return messages, None
     answer = last.get("content")
     if isinstance(answer, list) and all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in answer):
         answer = "".join(block["text"] for block in answer)
     if not isinstance(answer, str):
         raise ValueError("the last answer must be text")
-    return messages[:-1], answer
+    return with_weights(messages[:-1], default=1), answer
 
 
 def _columns(row: Row, columns: dict[str, str] | None) -> Conversation:
@@ -164,6 +216,9 @@ def _columns(row: Row, columns: dict[str, str] | None) -> Conversation:
             known = ", ".join("/".join(pair) for pair in COLUMNS)
             raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
         columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
+    prompt, answer = row.get(columns["prompt"]), row.get(columns["answer"])
+    if isinstance(prompt, list) and isinstance(answer, list) and all(isinstance(m, dict) for m in prompt + answer):
+        return with_weights(prompt, default=0) + answer, None, {columns["prompt"], columns["answer"]}
     images = _images(row, (columns["image"],) if "image" in columns else ("image", "images"))
     messages = [*_system(row), {"role": "user", "content": _text(row, columns["prompt"])}]
     used = {*columns.values(), "system"} | ({"image", "images"} if "image" not in columns else set())
@@ -198,6 +253,7 @@ CONVERTERS: dict[str, Callable[[Row], Conversation]] = {
     "inst": _inst,
 }
 FORMATS = (*CONVERTERS, "columns")
+DIRECT = ("columns", "inst")  # that every step takes as they are
 
 
 def _text(row: Row, name: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, GenerationConfig, Mistral3ForConditionalGeneration
 
-from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, encode_record
+from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator
 from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
@@ -26,7 +26,7 @@ from mistral_ft.lora import Adapter
 from mistral_ft.model import check_model_folder, limit_gib, load_base
 from mistral_ft.pages import page_size
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.prompt import PromptEncoder
+from mistral_ft.prompt import PromptEncoder, encode_record
 from mistral_ft.records import Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
 

@@ -9,7 +9,6 @@ An image of r x c tokens is r rows of c [IMG], each ended by [IMG_BREAK], the la
 ever added: the prompt is what the user wrote.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,10 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from mistral_ft.conversation import merge_messages, text_of, to_json, tool_calls_text
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
+from mistral_ft.records import Record
 from mistral_ft.references import expand_pages
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
@@ -108,48 +109,57 @@ class PromptEncoder:
         """Lay out one conversation.
 
         Args:
-            messages: as in a checked record.
+            messages: as in a checked record. Messages of the assistant with a `weight` other than 0 are learned.
             grids: (rows, columns) of image tokens, one per page in the order of the messages.
-            expected: the answer to learn; without it the prompt ends where the model is to speak.
+            expected: the answer to learn, a last message of the assistant.
             tools: JSON schemas of the functions the model may call.
 
         Returns:
-            `input_ids` and `labels` of the same length. Labels are the answer's ids and </s>; all else is
-            `IGNORE_INDEX`.
+            `input_ids` and `labels` of the same length. Labels are the ids of learned messages, each with its </s>;
+            all else is `IGNORE_INDEX`.
 
         Raises:
             ValueError: if the number of grids is not the number of images.
         """
         control, grids = self.control, iter(grids)
-        merged = _merge_messages(expand_pages(messages))
+        if expected is not None:
+            messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
+        merged = merge_messages(expand_pages(messages))
         last_user = max(k for k, message in enumerate(merged) if message["role"] == "user")
-        ids = [control.bos]
+        ids, labels = [control.bos], [IGNORE_INDEX]
         for k, message in enumerate(merged):
-            blocks = message["content"]
-            text = "".join(block["text"] for block in blocks if block["type"] == "text")
+            text = text_of(message)
             if message["role"] == "system":
-                ids += [control.system, *self._text(text), control.system_end]
+                part = [control.system, *self._text(text), control.system_end]
             elif message["role"] == "user":
+                part = [control.inst, *self._user(message["content"], grids), control.inst_end]
                 if tools and k == last_user:
-                    ids += [control.tools, *self._text(_json(tools)), control.tools_end]
-                ids += [control.inst, *self._user(blocks, grids), control.inst_end]
+                    part = [control.tools, *self._text(to_json(tools)), control.tools_end, *part]
             elif message["role"] == "assistant":
-                ids += self._answer(text)
+                # mistral-common strips answers on the right, so that </s> follows the last word.
+                part = self._text(text.rstrip(" "))
                 if message.get("tool_calls"):
-                    ids += [control.tool_calls, *self._text(_json(_tool_calls(message["tool_calls"])))]
-                ids.append(control.eos)
+                    part += [control.tool_calls, *self._text(tool_calls_text(message["tool_calls"]))]
+                part.append(control.eos)
             else:
                 call_id = message.get("tool_call_id") or ""
-                ids += [control.tool_results, *self._text(call_id), control.tool_content, *self._text(text)]
-                ids.append(control.tool_results_end)
+                part = [control.tool_results, *self._text(call_id), control.tool_content, *self._text(text)]
+                part.append(control.tool_results_end)
+            ids += part
+            learned = message["role"] == "assistant" and message.get("weight")
+            labels += part if learned else [IGNORE_INDEX] * len(part)
         if next(grids, None) is not None:
             raise ValueError("more image grids than images")
-
-        labels = [IGNORE_INDEX] * len(ids)
-        if expected is not None:
-            answer = [*self._answer(expected), control.eos]
-            ids, labels = ids + answer, labels + answer
         return ids, labels
+
+    def encode_text(self, text: str) -> tuple[list[int], list[int]]:
+        """Lay out plain text, all of which is learned: <s>text</s>.
+
+        Returns:
+            `input_ids` and `labels` of the same length; only <s>, which nothing comes before, has no label.
+        """
+        ids = [*self._text(text), self.control.eos]
+        return [self.control.bos, *ids], [IGNORE_INDEX, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without control tokens."""
@@ -157,10 +167,6 @@ class PromptEncoder:
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _answer(self, text: str) -> list[int]:
-        # mistral-common strips answers on the right, so that </s> follows the last word.
-        return self._text(text.rstrip(" "))
 
     def _user(self, blocks: list[dict[str, Any]], grids: Iterable[tuple[int, int]]) -> list[int]:
         # mistral-common: an image that follows nothing but text moves to the front.
@@ -186,6 +192,16 @@ class PromptEncoder:
         return ids
 
 
+def encode_record(
+    encoder: PromptEncoder, record: Record, grids: Sequence[tuple[int, int]], with_answer: bool
+) -> tuple[list[int], list[int]]:
+    """`input_ids` and `labels` of a record, with its answers to learn or up to where the model is to speak."""
+    if record.text is not None:
+        return encoder.encode_text(record.text)
+    messages = record.conversation if with_answer else record.messages
+    return encoder.encode(messages, grids, tools=record.data.get("tools"))
+
+
 def length_problem(tokens: int, image_tokens: int, images: int, max_seq_length: int) -> str | None:
     """Why a record of so many tokens, `image_tokens` of them for its images, cannot be trained; None if it can."""
     if tokens <= max_seq_length:
@@ -194,49 +210,6 @@ def length_problem(tokens: int, image_tokens: int, images: int, max_seq_length: 
         f"{tokens} tokens ({image_tokens} of them for {images} images) are more than --max_seq_length "
         f"{max_seq_length}; raise it, or shorten the record"
     )
-
-
-def _merge_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with block lists; consecutive ones of the user or of the assistant joined, as mistral-common does."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        content = message.get("content") or []
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if merged and message["role"] == merged[-1]["role"] and message["role"] in ("user", "assistant"):
-            blocks = merged[-1]["content"] + blocks
-            calls = [*(merged[-1].get("tool_calls") or []), *(message.get("tool_calls") or [])]
-            merged[-1] = message | {"content": _merge_texts(blocks), "tool_calls": calls}
-        else:
-            merged.append(message | {"content": _merge_texts(blocks)})
-    return merged
-
-
-def _merge_texts(blocks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adjacent texts become one, with a blank line between them; empty ones go."""
-    merged: list[dict[str, Any]] = []
-    for block in blocks:
-        if block["type"] == "text" and not block["text"]:
-            continue
-        if block["type"] == "text" and merged and merged[-1]["type"] == "text":
-            merged[-1] = block | {"text": merged[-1]["text"] + "\n\n" + block["text"]}
-        else:
-            merged.append(block)
-    return merged
-
-
-def _tool_calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls in OpenAI's shape to the object the template writes: name, arguments as an object, id if there is one."""
-    written = []
-    for call in calls:
-        arguments = call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        entry = {"name": call["function"]["name"], "arguments": arguments}
-        written.append(entry | ({"id": call["id"]} if call.get("id") else {}))
-    return written
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False)
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:

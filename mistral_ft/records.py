@@ -1,23 +1,29 @@
-"""Records: one JSON object per line, checked before anything costly starts.
+"""Records: rows of a data file, checked before anything costly starts.
 
-    {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, ...}
+    {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, "tools"?: [...]}
 
 A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them.
-Fields that are not named here are the user's and travel through predict untouched.
+Without `expected` the last messages may be the assistant's: then all of the assistant's messages are learned, but for
+those with `weight` 0. In records with `expected` it is learned alone, and those of the assistant's messages whose
+`weight` is 1.
+
+A row may also be {"text": str}, plain text that is learned whole; or what `formats.DIRECT` names, which becomes a
+record when it is read. Fields that are not named here are the user's and travel through predict untouched.
 """
 
 import json
 import os
-import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from mistral_ft.conversation import answer_start, answer_text, merge_messages, with_weights
 from mistral_ft.errors import RecordError, UserError, raise_all
-from mistral_ft.formats import possible_formats
+from mistral_ft.formats import DIRECT, as_record, possible_formats
 from mistral_ft.references import check_reference, expand_pages, resolve
+from mistral_ft.rows import is_table, kind_of, read_objects
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -25,12 +31,12 @@ MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told other
 
 @dataclass(frozen=True)
 class Record:
-    """One checked line of a JSONL file.
+    """One checked row.
 
     Attributes:
         path: the file.
-        line: line number in it, from 1.
-        data: the line's JSON object, as the user wrote it.
+        line: line number in it, from 1; of a JSON array or a table the number of the row.
+        data: the row's JSON object, made a record by `as_record`.
         images_dir: the folder that image paths are relative to.
     """
 
@@ -40,12 +46,46 @@ class Record:
     images_dir: Path
 
     @property
+    def text(self) -> str | None:
+        """The text of a row that is plain text."""
+        return None if "messages" in self.data else self.data["text"]
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
-        return self.data["messages"]
+        """The prompt: all messages up to the answer."""
+        messages = self.data.get("messages", [])
+        return messages if self.data.get("expected") is not None else messages[: answer_start(messages)]
 
     @property
     def expected(self) -> str | None:
-        return self.data.get("expected")
+        """The answer to score against: `expected`, or what the assistant's last messages say."""
+        messages, expected = self.data.get("messages", []), self.data.get("expected")
+        if expected is None and (start := answer_start(messages)) < len(messages):
+            return answer_text(messages[start:])
+        return expected
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages with all answers, each of the assistant's with its `weight`: what training reads."""
+        messages, expected = self.data.get("messages", []), self.data.get("expected")
+        if expected is None:
+            return with_weights(messages, default=1)
+        return [*with_weights(messages, default=0), {"role": "assistant", "content": expected, "weight": 1}]
+
+    @property
+    def learned(self) -> list[str]:
+        """Every text that training learns, in order."""
+        if self.text is not None:
+            return [self.text]
+        return [answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row as predict writes it: what is asked in `messages`, what is to be answered in `expected`."""
+        messages = self.data.get("messages", [])
+        if self.data.get("expected") is not None or answer_start(messages) == len(messages):
+            return self.data
+        return self.data | {"messages": with_weights(self.messages, default=1), "expected": self.expected}
 
     @property
     def image_paths(self) -> list[str]:
@@ -60,10 +100,10 @@ class Record:
 def read_records(
     paths: Sequence[str | os.PathLike], images_dir: str | os.PathLike | None = None, expected_required: bool = False
 ) -> list[Record]:
-    """Read and check the records of one or more JSONL files.
+    """Read and check the records of one or more sources.
 
     Args:
-        paths: the files, read in this order.
+        paths: JSONL files and whatever else `rows.read_rows` reads, in this order.
         images_dir: folder of the images; by default each file's own.
         expected_required: refuse records without `expected`, as training and scoring need it.
 
@@ -76,26 +116,29 @@ def read_records(
     for path in map(Path, paths):
         folder = find_images_dir(path, images_dir)
         before = len(records) + len(errors)
-        for line, data in read_jsonl(path, errors):
+        for line, data in read_objects(path, folder, errors):
             try:
+                data = as_record(data)
                 check_record(data, expected_required)
             except ValueError as error:
                 errors.append(RecordError(path, line, f"{error}{how_to_convert(path, data)}"))
             else:
                 records.append(Record(path, line, data, folder))
         if len(records) + len(errors) == before:
-            raise UserError(f"{path}: holds no record; expected one JSON object per line")
+            raise UserError(f"{path}: holds no record")
     raise_all(errors)
     return records
 
 
 def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | None = None) -> Path:
-    """The folder that a JSONL file's image paths are relative to: `images_dir`, or else the file's own.
+    """The folder that a source's image paths are relative to: `images_dir`, or else the one the source is in.
 
     Raises:
         UserError: if there is no such folder.
     """
     folder = Path(images_dir) if images_dir is not None else Path(path).parent
+    if images_dir is None and is_table(path) and not folder.is_dir():
+        folder = Path()  # a hub id
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
     return folder
@@ -104,7 +147,7 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
 def how_to_convert(path: Path, data: dict[str, Any]) -> str:
     """What to add to the reason why a row is no record: the command, if it is one that other toolkits write."""
     form = next(iter(possible_formats(data)), "native")
-    if form == "native":
+    if form == "native" or form in DIRECT:
         return ""
     command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"
     return f"; this looks like a row of format {form}, which becomes a record by: {command}"
@@ -121,83 +164,6 @@ def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def read_jsonl(path: str | os.PathLike, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for every line of a JSONL file; lines that are no JSON object go to `errors`.
-
-    Raises:
-        UserError: if the file cannot be read as one.
-    """
-    with open_jsonl(path) as file:
-        for line, raw in enumerate(file, 1):
-            try:
-                data = parse_line(raw, first=line == 1)
-            except ValueError as error:
-                errors.append(RecordError(path, line, str(error)))
-            else:
-                if data is not None:
-                    yield line, data
-
-
-def open_jsonl(path: str | os.PathLike) -> BinaryIO:
-    """Open a JSONL file to read its lines as bytes.
-
-    Raises:
-        UserError: if there is no such file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return open(path, "rb")
-
-
-def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
-    """The JSON object of one line of a JSONL file, or None if the line is blank.
-
-    Args:
-        first: whether it is the file's first line, which may start with a byte order mark.
-
-    Raises:
-        ValueError: what is wrong, in one line, without the place.
-    """
-    try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
-        if not text.strip():
-            return None
-        data = json.loads(text)
-        # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
-        half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
-    except UnicodeDecodeError as error:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
-        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(_explain(text, error)) from None
-    except RecursionError:
-        raise ValueError("nested too deeply to be read") from None
-    except ValueError:  # Python's limit against numbers that take minutes to read
-        raise ValueError("holds a number of more than 4300 digits") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a JSON object, got {_kind(data)}")
-    if half:
-        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
-    return data
-
-
-def _explain(text: str, error: json.JSONDecodeError) -> str:
-    """One line about broken JSON that says what to mend, where the usual cause can be told."""
-    if text.lstrip()[:1] == "[" or text.strip() == "{":
-        return "not one JSON object per line: write each record on a line of its own, with no list around them"
-    for comma in re.finditer(r",\s*[}\]]", text):
-        # Python 3.13 points at the comma, older ones at what follows it.
-        if comma.start() <= error.pos < comma.end():
-            return f"trailing comma at column {comma.start() + 1}: JSON allows none, remove it"
-    if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
-        return f"the line ends in the middle of the record (column {len(text.rstrip())}): is the file cut off?"
-    return f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}"
-
-
 def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
     """Check one record's shape.
 
@@ -205,35 +171,50 @@ def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
         ValueError: what is wrong, in one line, without the place.
     """
     messages = data.get("messages")
+    if messages is None and "text" in data:
+        return _check_text(data)
     if messages is None:
         raise ValueError("no `messages`; expected a list of messages with `role` and `content`")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"`messages` must be a list of at least one message, got {_kind(messages)}")
+        raise ValueError(f"`messages` must be a list of at least one message, got {kind_of(messages)}")
     for number, message in enumerate(messages, 1):
         try:
             _check_message(message, messages[number - 2] if number > 1 else None)
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
-    last = messages[-1]["role"]
-    if last not in ("user", "tool"):
-        raise ValueError(f"the last message must be the user's, got {last!r}; the answer to learn goes in `expected`")
     if all(m["role"] != "user" for m in messages):
         raise ValueError("no message has role 'user'")
 
-    expected = data.get("expected")
-    if expected is None:
-        if expected_required:
+    expected, last = data.get("expected"), messages[-1]["role"]
+    if expected is not None and not isinstance(expected, str):
+        raise ValueError(f"`expected` must be a string, got {kind_of(expected)}; put JSON answers in quotes")
+    if last not in ("user", "tool", "assistant"):
+        raise ValueError(f"the last message must be the user's, a tool's or the assistant's, got {last!r}")
+    if last == "assistant" and expected is not None:
+        raise ValueError("the answer is there twice, as the last message and in `expected`; leave out one of them")
+    if expected_required and expected is None:
+        if last != "assistant":
             raise ValueError("no `expected`: the answer to learn and to score against")
-    elif not isinstance(expected, str):
-        raise ValueError(f"`expected` must be a string, got {_kind(expected)}; put JSON answers in quotes")
+        if not any(m.get("weight", 1) for m in messages if m["role"] == "assistant"):
+            raise ValueError("every message of the assistant has `weight` 0, so there is nothing to learn")
     tools = data.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"`tools` must be a list of objects, got {_kind(tools)}")
+        raise ValueError(f"`tools` must be a list of objects, got {kind_of(tools)}")
+
+
+def _check_text(data: dict[str, Any]) -> None:
+    text = data["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"`text` must be a string, got {kind_of(text)}")
+    if not text.strip():
+        raise ValueError("`text` is empty")
+    if data.get("expected") is not None:
+        raise ValueError("`text` is learned whole and has no `expected`; a question and its answer need `messages`")
 
 
 def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
     if not isinstance(message, dict):
-        raise ValueError(f"expected an object with `role` and `content`, got {_kind(message)}")
+        raise ValueError(f"expected an object with `role` and `content`, got {kind_of(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}; expected one of {', '.join(ROLES)}")
@@ -249,21 +230,24 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
             except ValueError as error:
                 raise ValueError(f"block {number}: {error}") from None
     elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-        raise ValueError(f"`content` must be a string or a list of blocks, got {_kind(content)}")
+        raise ValueError(f"`content` must be a string or a list of blocks, got {kind_of(content)}")
     if role == "assistant" and not content and not message.get("tool_calls"):
         raise ValueError("an assistant message says nothing: it needs `content` or `tool_calls`")
+    weight = message.get("weight")
+    if weight is not None and (role != "assistant" or weight not in (0, 1)):
+        raise ValueError("`weight` belongs in an assistant message, and is 1 to learn it or 0 to leave it out")
     if message.get("tool_calls") is not None:
         if role != "assistant":
             raise ValueError(f"`tool_calls` belong in an assistant message, not in one of role {role!r}")
         _check_tool_calls(message["tool_calls"])
     if not isinstance(message.get("tool_call_id", ""), str):
-        raise ValueError(f"`tool_call_id` must be a string, got {_kind(message['tool_call_id'])}")
+        raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
 
 
 def _check_tool_calls(calls: Any) -> None:
     shape = '[{"id": …, "function": {"name": …, "arguments": …}}]'
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError(f"`tool_calls` must look like {shape}, got {_kind(calls)}")
+        raise ValueError(f"`tool_calls` must look like {shape}, got {kind_of(calls)}")
     for call in calls:
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -275,30 +259,21 @@ def _check_tool_calls(calls: Any) -> None:
             except (ValueError, RecursionError):
                 raise ValueError(f"`arguments` of {function['name']} are no JSON") from None
         if not isinstance(arguments, dict):
-            raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {_kind(arguments)}")
+            raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")
 
 
 def _check_block(block: Any, role: str) -> None:
     if not isinstance(block, dict):
-        raise ValueError(f"expected an object with `type`, got {_kind(block)}")
+        raise ValueError(f"expected an object with `type`, got {kind_of(block)}")
     kind = block.get("type")
     if kind == "text":
         if not isinstance(block.get("text"), str):
-            raise ValueError(f"`text` must be a string, got {_kind(block.get('text'))}")
+            raise ValueError(f"`text` must be a string, got {kind_of(block.get('text'))}")
     elif kind == "image":
         if role != "user":
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
         if not isinstance(block.get("image"), str) or not block["image"]:
-            raise ValueError(f"`image` must be the path of an image file, got {_kind(block.get('image'))}")
+            raise ValueError(f"`image` must be the path of an image file, got {kind_of(block.get('image'))}")
         check_reference(block["image"])
     else:
         raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    if isinstance(value, str) and not value:
-        return "an empty string"
-    return names.get(type(value), f"the number {value}")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
+from mistral_ft.formats import as_record
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.records import check_record, read_jsonl
+from mistral_ft.records import Record, check_record
 from mistral_ft.review_index import key_of
 from mistral_ft.reviews import Review, log_path, read_log
+from mistral_ft.rows import read_objects
 
 
 @dataclass
@@ -51,7 +53,7 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
     errors: list[RecordError] = []
     done = Exported(target)
     with atomic_write(target) as file:
-        for line, data in read_jsonl(partial if unfinished else source, errors):
+        for line, data in read_objects(partial if unfinished else source, source.parent, errors):
             row = data.get("row") if unfinished else data
             if not isinstance(row, dict):
                 continue
@@ -59,8 +61,10 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
             if identity in wanted:
                 before, seen[identity] = seen[identity], seen[identity] + 1
                 review = reviews.get(identity + (f"-{before}" if before else ""), review)
-            record = {name: value for name, value in review.apply(row).items() if name not in PREDICTED}
             try:
+                data = as_record({name: value for name, value in row.items() if name not in PREDICTED})
+                check_record(data)
+                record = review.apply(Record(source, line, data, source.parent).row)
                 check_record(record, expected_required=True)
             except ValueError as error:
                 errors.append(RecordError(source, line, str(error)))

@@ -23,8 +23,8 @@ from mistral_ft.confidence import confidence_of
 from mistral_ft.metrics import answer_of, fold, grade
 from mistral_ft.mistakes import kind_of
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.records import parse_line
 from mistral_ft.references import is_data_url
+from mistral_ft.rows import parse_line
 from mistral_ft.scoring import MOST_SLICES, NO_VALUE, Options, slice_of, stable_hash
 
 CHUNK_BYTES = 4 << 20

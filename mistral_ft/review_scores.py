@@ -10,8 +10,9 @@ from mistral_ft.comparison import compare
 from mistral_ft.confidence import KINDS
 from mistral_ft.errors import UserError
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.records import check_record, image_blocks, parse_line
+from mistral_ft.records import check_record, image_blocks
 from mistral_ft.review_pages import find_page
+from mistral_ft.rows import parse_line
 from mistral_ft.scoring import MOST_SLICES, Options, Score
 from mistral_ft.summary import judge_confidence, summarize
 

@@ -19,6 +19,7 @@ from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_json, read_settings, settle, sha256_file, write_json
 from mistral_ft.model_card import write_model_card
 from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
+from mistral_ft.rows import data_files
 
 RUN_FILE = "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -171,8 +172,8 @@ def _differences(part: str, then: Any, now: Any) -> list[str]:
 
 
 def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
-    """Names and SHA-256 of files."""
-    return [{"path": str(path), "sha256": sha256_file(path)} for path in paths]
+    """Names and SHA-256 of the files that hold the rows of data sources."""
+    return [{"path": str(file), "sha256": sha256_file(file)} for path in paths for file in data_files(path)]
 
 
 def _json(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from mistral_ft.errors import RecordError, UserError
 from mistral_ft.metrics import FOLDS, Grade, answer_of, fields_of, grade
 from mistral_ft.mistakes import Mistakes
 from mistral_ft.progress import Progress
-from mistral_ft.records import check_record, image_blocks, parse_line
+from mistral_ft.records import check_record, image_blocks
+from mistral_ft.rows import parse_line
 from mistral_ft.statistics import wilson
 
 CHUNK_BYTES = 16 << 20

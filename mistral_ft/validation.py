@@ -24,19 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ft.errors import UserError
+from mistral_ft.formats import as_record
 from mistral_ft.images import ImageFitter
 from mistral_ft.pages import fingerprint, open_image, page_size
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, length_problem
-from mistral_ft.records import (
-    MAX_NEW_TOKENS,
-    check_record,
-    how_to_convert,
-    image_blocks,
-    open_jsonl,
-    parse_line,
-)
+from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, encode_record, length_problem
+from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.references import is_data_url, resolve, split_page
+from mistral_ft.rows import count_rows, parse_line, read_rows
 
 CHUNK = 16  # lines that a worker gets at a time
 LOOK_ALIKE = re.compile("|".join(map(re.escape, CONTROL_TOKEN_NAMES)))
@@ -135,19 +130,20 @@ class RowChecker:
         if data is None:
             return None
         try:
+            data = as_record(data)
             check_record(data, expected_required=not source.is_eval)
         except ValueError as error:
             return Checked([Problem(RECORD, f"{error}{how_to_convert(source.path, data)}")])
         try:
-            return self._check_record(data, source)
+            return self._check_record(Record(source.path, line, data, source.images_dir), source)
         except ValueError as error:
             return Checked([Problem(RECORD, str(error))])
         except RecursionError:  # deep enough to be read, too deep to be written
             return Checked([Problem(LINE, "nested too deeply to be read")])
 
-    def _check_record(self, data: dict[str, Any], source: Source) -> Checked:
-        messages, expected = data["messages"], data.get("expected")
-        problems = _check_texts(messages, expected)
+    def _check_record(self, record: Record, source: Source) -> Checked:
+        data, messages, expected = record.data, record.conversation, record.expected
+        problems = _check_texts([*messages, {"content": record.text}])
         answer_is_object = None
         if expected is not None:
             answer_is_object, found = _check_answer(expected)
@@ -163,10 +159,10 @@ class RowChecker:
                 grids += [self.fitter.grid(page.width, page.height)] if self.fitter else []
         tokens = None
         if self.encoder and len(grids) == len(names):
-            found, tokens = self._check_tokens(data, grids)
+            found, tokens = self._check_tokens(record, grids)
             problems += found
 
-        same = [messages, expected, data.get("tools")]
+        same = [messages, record.text, data.get("tools")]
         return Checked(
             problems,
             # Paths mean the same page only in the same folder.
@@ -210,28 +206,30 @@ class RowChecker:
         except OSError as error:
             return f"image {reference} cannot be opened: {error.strerror}"
 
-    def _check_tokens(
-        self, data: dict[str, Any], grids: list[tuple[int, int]]
-    ) -> tuple[list[Problem], tuple[int, int, int]]:
-        problems, expected = [], data.get("expected")
-        ids, labels = self.encoder.encode(data["messages"], grids, expected, data.get("tools"))
+    def _check_tokens(self, record: Record, grids: list[tuple[int, int]]) -> tuple[list[Problem], tuple[int, int, int]]:
+        problems = []
+        ids, labels = encode_record(self.encoder, record, grids, with_answer=True)
         answer = [label for label in labels if label != IGNORE_INDEX]
         image_tokens = sum(rows * (columns + 1) for rows, columns in grids)
         if problem := length_problem(len(ids), image_tokens, len(grids), self.max_seq_length):
             problems.append(Problem(LENGTH, problem))
-        if len(answer) > MAX_NEW_TOKENS:
-            text = f"the answer has {len(answer):,} tokens; predict needs --max_new_tokens {len(answer)} or more for it"
+        # Each answer ends with an id of its own.
+        learned = [
+            list(part) for is_end, part in itertools.groupby(answer, self.encoder.control.eos.__eq__) if not is_end
+        ]
+        if record.text is None and learned and (length := len(learned[-1]) + 1) > MAX_NEW_TOKENS:
+            text = f"the answer has {length:,} tokens; predict needs --max_new_tokens {length} or more for it"
             problems.append(Problem(LONG_ANSWER, text))
-        # The encoder leaves out spaces at the end, and score does not count them.
-        if expected is not None and (back := self.encoder.decode(answer)) != expected.rstrip(" "):
-            place = next((k for k, (a, b) in enumerate(zip(back, expected, strict=False)) if a != b), len(back))
-            text = f"the answer comes back from the tokenizer as {back[place : place + 20]!r} at character {place + 1}"
-            problems.append(Problem(ROUND_TRIP, f"{text}, not as {expected[place : place + 20]!r}"))
+        for part, text in zip(learned, filter(None, record.learned), strict=True):
+            if (back := self.encoder.decode(part)) != text:
+                place = next((k for k, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), len(back))
+                found = f"the answer comes back from the tokenizer as {back[place : place + 20]!r} at character"
+                problems.append(Problem(ROUND_TRIP, f"{found} {place + 1}, not as {text[place : place + 20]!r}"))
         return problems, (len(ids) - image_tokens - len(answer), image_tokens, len(answer))
 
 
-def _check_texts(messages: Sequence[dict[str, Any]], expected: str | None) -> list[Problem]:
-    texts = [expected or ""]
+def _check_texts(messages: Sequence[dict[str, Any]]) -> list[Problem]:
+    texts = []
     for message in messages:
         content = message.get("content") or ""
         texts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
@@ -285,7 +283,7 @@ def check_files(
     Raises:
         UserError: if a file cannot be read.
     """
-    progress = Progress("checking", sum(_count_lines(source.path) for source in sources), "row")
+    progress = Progress("checking", sum(count_rows(source.path) for source in sources), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
@@ -300,12 +298,11 @@ def check_files(
 
     try:
         for source in sources:
-            with open_jsonl(source.path) as file:
-                numbered = enumerate(file, 1)
-                while lines := list(itertools.islice(numbered, CHUNK)):
-                    window.append((source, lines, pool.submit(_check_lines, source, lines)))
-                    if len(window) > 8 * workers:  # a little ahead, so that memory does not grow with the file
-                        yield from take()
+            rows = read_rows(source.path, source.images_dir)
+            while lines := list(itertools.islice(rows, CHUNK)):
+                window.append((source, lines, pool.submit(_check_lines, source, lines)))
+                if len(window) > 8 * workers:  # a little ahead, so that memory does not grow with the file
+                    yield from take()
         while window:
             yield from take()
     except BrokenProcessPool:
@@ -313,15 +310,6 @@ def check_files(
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()
-
-
-def _count_lines(path: Path) -> int:
-    count, block = 0, b""
-    with open_jsonl(path) as file:
-        while more := file.read(1 << 20):
-            block = more
-            count += block.count(b"\n")
-    return count + (block[-1:] not in (b"", b"\n"))
 
 
 class Tally:
@@ -481,10 +469,9 @@ def _seen(keys: np.ndarray, rows: np.ndarray, is_eval: np.ndarray) -> dict[int, 
 
 def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source: Source) -> str:
     """A good row as the model reads it, each trained token between ⟦ and ⟧, each image as [IMG]×tokens."""
-    data = parse_line(raw, first=True)
-    names = image_blocks(data["messages"])
-    grids = [fitter.grid(*page_size(resolve(name, source.images_dir), fitter)) for name in names]
-    ids, labels = encoder.encode(data["messages"], grids, data.get("expected"), data.get("tools"))
+    record = Record(source.path, 1, as_record(parse_line(raw, first=True)), source.images_dir)
+    grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
+    ids, labels = encode_record(encoder, record, grids, with_answer=True)
     control = vars(encoder.control)
     image_ids = {control["image"], control["image_break"], control["image_end"]}
 

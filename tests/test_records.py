@@ -18,6 +18,7 @@ FAULTS = {
     "single quotes": ("{'messages': []}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     "list": ("[", "not one JSON object per line: write each record on a line of its own, with no list around them"),
     "pretty-printed": ("{", "not one JSON object per line: write each record on a line of its own, with no list"),
+    "list in a line": ("[7,", "the line ends in the middle of the record (column 3): is the file cut off?"),
     "number": ("7", "expected a JSON object, got the number 7"),
     "no messages": ('{"expected": "a"}', "no `messages`; expected a list of messages with `role` and `content`"),
     "empty messages": ('{"messages": []}', "`messages` must be a list of at least one message, got an empty list"),
@@ -46,10 +47,35 @@ FAULTS = {
         '{"messages": [{"role": "system", "content": [{"type": "image", "image": "a.png"}]}]}',
         "message 1: block 1: an image belongs in a user message, not in one of role 'system'",
     ),
-    "assistant last": (
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-        "the last message must be the user's, got 'assistant'; the answer to learn goes in `expected`",
+    "answer of weight 0": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}',
+        "every message of the assistant has `weight` 0, so there is nothing to learn",
     ),
+    "answer twice": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "expected": "b"}',
+        "the answer is there twice, as the last message and in `expected`; leave out one of them",
+    ),
+    "weight of a half": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}',
+        "message 2: `weight` belongs in an assistant message, and is 1 to learn it or 0 to leave it out",
+    ),
+    "number as text": ('{"text": 7}', "`text` must be a string, got the number 7"),
+    "empty text": ('{"text": " \\n"}', "`text` is empty"),
+    "text and expected": (
+        '{"text": "a", "expected": "b"}',
+        "`text` is learned whole and has no `expected`; a question and its answer need `messages`",
+    ),
+    "[INST] text without an answer": (
+        '{"text": "<s>[INST] a [/INST]"}',
+        "`text` has no answer after [/INST]",
+    ),
+    "prompt that is no text": ('{"prompt": 1, "completion": "b"}', "`prompt` must be a string, got 1"),
+    "too few images": (
+        '{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], "images": ["a.png"], '
+        '"expected": "b"}',
+        "2 image blocks name no image, and the row's column has 1 of them",
+    ),
+    "a comment": ("// pages of 2024", "a comment at column 1: JSON allows none, remove it"),
     "silent assistant": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, '
         '{"role": "user", "content": "b"}]}',
@@ -82,7 +108,7 @@ FAULTS = {
     ),
     "tools of the wrong type": (
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "tools": "x"}',
-        "`tools` must be a list of objects, got a string",
+        "`tools` is text that is no JSON",
     ),
     "tool calls of the wrong type": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "call me"}]}',

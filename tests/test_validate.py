@@ -104,7 +104,7 @@ FAULTS = {
     "single quotes": (b"{'a': 1}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     "bare word as key": (b"{a: 1}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     "Python's None": (b'{"a": None}', "not JSON: Expecting value at column 7"),
-    "a comment": (b"// the training set", "not JSON: Expecting value at column 1"),
+    "a comment": (b"// the training set", "a comment at column 1: JSON allows none, remove it"),
     "two objects on a line": (record() + record(), "not JSON: Extra data at column 66"),
     "lines ended by CR alone": (record() + b"\r" + record(), "not JSON: Extra data at column 67"),
     "no colon": (b'{"a" 1}', "not JSON: Expecting ':' delimiter at column 6"),
@@ -198,7 +198,7 @@ FAULTS = {
         record(expected={"a": 1}),
         "`expected` must be a string, got an object; put JSON answers in quotes",
     ),
-    "tools a string": (record(tools="x"), "`tools` must be a list of objects, got a string"),
+    "tools a string": (record(tools="x"), "`tools` is text that is no JSON"),
     "tools of strings": (record(tools=["x"]), "`tools` must be a list of objects, got a list"),
     # Roles and order
     "unknown role": (
@@ -215,11 +215,11 @@ FAULTS = {
     ),
     "system alone": (
         record({"role": "system", "content": "a"}),
-        "the last message must be the user's, got 'system'; the answer to learn goes in `expected`",
+        "no message has role 'user'",
     ),
-    "assistant last": (
+    "answer twice": (
         record(ASK, {"role": "assistant", "content": "b"}),
-        "the last message must be the user's, got 'assistant'; the answer to learn goes in `expected`",
+        "the answer is there twice, as the last message and in `expected`; leave out one of them",
     ),
     "assistant says nothing": (
         record(ASK, {"role": "assistant", "content": ""}, ASK),
@@ -438,20 +438,29 @@ JSON = st.recursive(
 )
 WORDS = st.sampled_from(["user", "assistant", "system", "tool", "text", "image", "good.png", "{}", "</s>", ""]) | JSON
 PIECE = st.fixed_dictionaries(
-    {}, optional=dict.fromkeys(("role", "type", "text", "image", "name", "arguments", "tool_call_id"), WORDS)
+    {}, optional=dict.fromkeys(("role", "type", "text", "image", "name", "arguments", "tool_call_id", "weight"), WORDS)
 )
 MESSAGE_LIKE = st.fixed_dictionaries(
     {"role": WORDS},
-    optional={"content": st.lists(PIECE | JSON, max_size=3) | WORDS, "tool_calls": st.lists(PIECE | JSON) | JSON},
+    optional={
+        "content": st.lists(PIECE | JSON, max_size=3) | WORDS,
+        "tool_calls": st.lists(PIECE | JSON) | JSON,
+        "weight": JSON,
+    },
 )
 RECORD_LIKE = st.fixed_dictionaries(
     {"messages": st.lists(MESSAGE_LIKE | JSON, max_size=4) | JSON},
-    optional={"id": JSON, "expected": WORDS, "tools": st.lists(PIECE) | JSON},
+    optional={"id": JSON, "expected": WORDS, "tools": st.lists(PIECE) | JSON, "images": JSON},
+)
+OTHER_LIKE = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("prompt", "completion"), st.lists(MESSAGE_LIKE) | WORDS)
+    | {"text": st.sampled_from(["a", "<s>[INST] a [/INST] b</s>", "[INST]"]) | WORDS, "image": WORDS, "system": WORDS},
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(JSON | RECORD_LIKE)
+@given(JSON | RECORD_LIKE | OTHER_LIKE)
 def test_any_json_gets_a_line_or_is_good(checker, folder, data):
     for text in problems(checker, folder, json.dumps(data).encode()):
         assert text.startswith("data.jsonl:2: ")

@@ -1,0 +1,93 @@
+"""Conversations as the model's template knows them: who speaks in turn, what is joined, which answers are learned.
+
+Plain data in, plain data out; nothing here knows of tokens.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def merge_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages with block lists; consecutive ones of the user or of the assistant joined, as mistral-common does.
+
+    Answers of the assistant that are learned and answers that are not (`weight` 0) stay apart.
+    """
+    merged: list[Message] = []
+    for message in messages:
+        content = message.get("content") or []
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if merged and message["role"] in ("user", "assistant") and _who(message) == _who(merged[-1]):
+            blocks = merged[-1]["content"] + blocks
+            calls = [*(merged[-1].get("tool_calls") or []), *(message.get("tool_calls") or [])]
+            merged[-1] = message | {"content": _merge_texts(blocks), "tool_calls": calls}
+        else:
+            merged.append(message | {"content": _merge_texts(blocks)})
+    return merged
+
+
+def _who(message: Message) -> tuple[str, bool]:
+    return message["role"], bool(message.get("weight"))
+
+
+def _merge_texts(blocks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adjacent texts become one, with a blank line between them; empty ones go."""
+    merged: list[dict[str, Any]] = []
+    for block in blocks:
+        if block["type"] == "text" and not block["text"]:
+            continue
+        if block["type"] == "text" and merged and merged[-1]["type"] == "text":
+            merged[-1] = block | {"text": merged[-1]["text"] + "\n\n" + block["text"]}
+        else:
+            merged.append(block)
+    return merged
+
+
+def text_of(message: Message) -> str:
+    """The text of a merged message."""
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def tool_calls_text(calls: Iterable[dict[str, Any]]) -> str:
+    """Calls in OpenAI's shape as the template writes them: name, arguments as an object, id if there is one."""
+    written = []
+    for call in calls:
+        arguments = call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        entry = {"name": call["function"]["name"], "arguments": arguments}
+        written.append(entry | ({"id": call["id"]} if call.get("id") else {}))
+    return to_json(written)
+
+
+def to_json(data: Any) -> str:
+    """JSON as the template writes tools and calls."""
+    return json.dumps(data, ensure_ascii=False)
+
+
+def answer_text(messages: Sequence[Message]) -> str:
+    """What messages of the assistant say, as predict reads it from the model: their text, then their calls as JSON."""
+    parts = []
+    for message in merge_messages(messages):
+        parts.append(text_of(message).rstrip(" "))
+        parts += [tool_calls_text(message["tool_calls"])] if message.get("tool_calls") else []
+    return "".join(parts)
+
+
+def answer_start(messages: Sequence[Message]) -> int:
+    """Where the assistant's last words begin, if a conversation ends with them: the number of messages before."""
+    start = len(messages)
+    while start and messages[start - 1]["role"] == "assistant":
+        start -= 1
+    return start
+
+
+def with_weights(messages: Sequence[Message], default: int) -> list[Message]:
+    """The messages, each of the assistant's with a `weight`: its own, or else `default`."""
+    return [
+        message | {"weight": default if message.get("weight") is None else message["weight"]}
+        if message.get("role") == "assistant"
+        else message
+        for message in messages
+    ]

@@ -1,0 +1,132 @@
+"""Tables: parquet files, `datasets` folders and hub ids as rows, with the images in them as references.
+
+`datasets` keeps a table in its cache as Arrow files that are mapped into memory, so that a row is there at once and
+a set may be larger than RAM. An image in a row, bytes or path, becomes the reference `<source>#row=12&column=image`
+(`&item=0` where the column holds lists), counted from 0, which `read_image` resolves.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mistral_ft.errors import UserError
+
+REFERENCE = re.compile(r"(?P<source>.+)#row=(?P<row>\d+)&column=(?P<column>[^&]+?)(?:&item=(?P<item>\d+))?")
+ROWS_AT_ONCE = 64
+
+
+@lru_cache(8)
+def open_table(source: str):
+    """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
+
+    Raises:
+        UserError: if it cannot be read, in one line.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: reading tables needs the package datasets: pip install datasets") from None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    path, split = source, None
+    if not Path(source).exists() and ":" in source:
+        path, _, split = source.rpartition(":")
+    try:
+        if Path(path).is_file():
+            found = datasets.Dataset.from_parquet(path)
+        elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(path)
+        else:
+            found = datasets.load_dataset(path)
+    except Exception as error:  # of many kinds, from Arrow's, the hub's and the file system's
+        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        raise UserError(f"{source}: cannot be read as a table: {reason}") from None
+    if isinstance(found, datasets.DatasetDict):
+        split = split or ("train" if "train" in found else next(iter(found)))
+        if split not in found:
+            raise UserError(f"{source}: no such split; there is {', '.join(found)}")
+        found = found[split]
+    elif split:
+        raise UserError(f"{source}: the set has no splits; leave out :{split}")
+    return found.with_format("arrow")
+
+
+def read_table(source: str, images_dir: Path) -> Iterator[tuple[int, bytes]]:
+    """(Number from 1, JSON) of every row; fields without a value are left out, as tables have every field in all rows.
+
+    Args:
+        images_dir: the folder that references to a local table's images are relative to.
+
+    Raises:
+        UserError: if the table cannot be read, or a value is none that JSON has.
+    """
+    table, start = open_table(source), 0
+    is_local = Path(source).exists() or Path(source.rpartition(":")[0]).is_dir()
+    name = os.path.relpath(source, images_dir) if is_local else source
+    for batch in table.iter(batch_size=ROWS_AT_ONCE):
+        columns = {
+            field: _references(name, field, start, column) if _holds_bytes(column.type) else column.to_pylist()
+            for field, column in zip(batch.column_names, batch.columns, strict=True)
+        }
+        for k in range(batch.num_rows):
+            row = {field: values[k] for field, values in columns.items()}
+            try:
+                yield start + k + 1, json.dumps(_without_nulls(row)).encode()
+            except TypeError as error:
+                raise UserError(f"{source}:{start + k + 1}: {error}; turn the column into text or numbers") from None
+        start += batch.num_rows
+
+
+def read_image(reference: str) -> bytes | str:
+    """The bytes of an image in a table, or the path that stands there instead.
+
+    Raises:
+        ValueError: if there is no such image, in one line.
+    """
+    place = REFERENCE.fullmatch(reference)
+    try:
+        row, column, item = int(place["row"]), place["column"], place["item"]
+        value = open_table(place["source"])[row][column][0].as_py()
+        value = value if item is None else value[int(item)]
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    except (IndexError, KeyError, TypeError):
+        raise ValueError(f"image {reference} does not exist") from None
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else value["path"]
+    if value is None:
+        raise ValueError(f"image {reference} is empty")
+    return value
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column has images: bytes, the struct of bytes and path that `datasets` writes, or lists of these."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return {field.name for field in kind} == {"bytes", "path"}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _references(name: str, field: str, start: int, column: pa.ChunkedArray) -> list[Any]:
+    """A reference, or a list of them, for each row of a column of images; None where there is none."""
+    valid = column.is_valid().to_pylist()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return [f"{name}#row={start + k}&column={field}" if there else None for k, there in enumerate(valid)]
+    lengths = pa.compute.list_value_length(column).to_pylist()
+    return [
+        None if length is None else [f"{name}#row={start + k}&column={field}&item={item}" for item in range(length)]
+        for k, length in enumerate(lengths)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,149 @@
+"""Parquet files and `datasets` folders hold the same records as JSONL, images within them included."""
+
+import io
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from mistral_ft.errors import UserError
+from mistral_ft.records import read_records
+from mistral_ft.rows import count_rows, data_files
+from mistral_ft.tables import open_table, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    open_table.cache_clear()
+
+
+def png(color: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (28, 28), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def ask(*blocks) -> list:
+    return [{"role": "user", "content": [{"type": "text", "text": "Title?"}, *blocks]}]
+
+
+ROWS = [
+    {"messages": ask({"type": "image"}), "expected": "A", "images": [{"bytes": png(1), "path": None}], "n": 1},
+    {"messages": ask({"type": "image"}, {"type": "image"}), "expected": "B", "n": None,
+     "images": [{"bytes": png(2), "path": "x.png"}, {"bytes": None, "path": "b.png"}]},
+    {"messages": ask(), "expected": "C", "images": None, "n": 3},
+]  # fmt: skip
+
+
+def record(name: str, row: int, images: int, **more) -> dict:
+    found = [{"type": "image", "image": f"{name}#row={row}&column=images&item={k}"} for k in range(images)]
+    shown = {} if row == 2 else {"images": [block["image"] for block in found]}
+    return {"messages": ask(*found), "expected": "ABC"[row], **shown, **more}
+
+
+@pytest.fixture
+def dataset():
+    return datasets.Dataset.from_list(ROWS)
+
+
+def test_a_parquet_file_holds_records(tmp_path, dataset):
+    path = tmp_path / "data" / "a b.parquet"
+    path.parent.mkdir()
+    dataset.to_parquet(path, batch_size=2)
+    records = read_records([path], expected_required=True)
+    assert [r.line for r in records] == [1, 2, 3]
+    assert [r.data for r in records] == [
+        record("a b.parquet", 0, 1, n=1),
+        record("a b.parquet", 1, 2),
+        record("a b.parquet", 2, 0, n=3),
+    ]
+    assert read_image(f"{path}#row=0&column=images&item=0") == png(1)
+    assert read_image(f"{path}#row=1&column=images&item=0") == png(2)
+    assert read_image(f"{path}#row=1&column=images&item=1") == "b.png"
+    assert (count_rows(path), data_files(path)) == (3, [path])
+
+
+def test_a_column_of_the_library_s_own_images(tmp_path):
+    rows = {"question": ["Q"], "answer": ["A"], "image": [Image.new("L", (28, 28), 7)]}
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    )
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    (found,) = read_records([path], expected_required=True)
+    reference = "a.parquet#row=0&column=image"
+    assert found.data == {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image", "image": reference}]}
+        ],
+        "expected": "A",
+    }
+    assert Image.open(io.BytesIO(read_image(f"{tmp_path}/{reference}"))).getpixel((0, 0)) == 7
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_a_folder_holds_splits(tmp_path, dataset, kind):
+    folder = tmp_path / "set"
+    if kind == "saved":
+        datasets.DatasetDict({"train": dataset, "test": dataset.select([2])}).save_to_disk(folder)
+    else:
+        (folder / "data").mkdir(parents=True)
+        dataset.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        dataset.select([2]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    assert [r.expected for r in read_records([folder])] == ["A", "B", "C"]
+    assert read_records([folder])[0].data["images"] == ["set#row=0&column=images&item=0"]
+    assert [r.expected for r in read_records([f"{folder}:test"])] == ["C"]
+    assert read_image(f"{folder}:train#row=0&column=images&item=0") == png(1)
+    assert all(file.is_file() for file in data_files(f"{folder}:test"))
+    with pytest.raises(UserError, match=f"^{folder}:dev: no such split; there is train, test$"):
+        read_records([f"{folder}:dev"])
+
+
+def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
+    (tmp_path / "pages").mkdir()
+    dataset.to_parquet(tmp_path / "a.parquet")
+    (found, *_) = read_records([tmp_path / "a.parquet"], tmp_path / "pages")
+    assert found.data["images"] == ["../a.parquet#row=0&column=images&item=0"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("#row=9&column=images", "image {} does not exist"),
+        ("#row=0&column=pages", "image {} does not exist"),
+        ("#row=2&column=images&item=0", "image {} does not exist"),
+        ("#row=1&column=images&item=5", "image {} does not exist"),
+    ],
+)
+def test_a_wrong_reference_is_named(tmp_path, dataset, reference, reason):
+    dataset.to_parquet(tmp_path / "a.parquet")
+    whole = f"{tmp_path}/a.parquet{reference}"
+    with pytest.raises(ValueError, match="^" + reason.format(whole) + "$"):
+        read_image(whole)
+
+
+def test_faults_of_tables_are_one_line(tmp_path, dataset):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"^[^\n]*a.parquet: cannot be read as a table: [^\n]*$"):
+        read_records([tmp_path / "a.parquet"])
+    with pytest.raises(UserError, match=r"^no/such-set: cannot be read as a table: [^\n]*$"):
+        read_records(["no/such-set"])
+    dataset.remove_columns(["expected"]).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet:1: no `expected`"):
+        read_records([tmp_path / "b.parquet"], expected_required=True)
+
+
+def test_a_json_array_is_read_like_lines(tmp_path):
+    rows = [{"messages": ask(), "expected": "A"}, {"prompt": "Q", "completion": "B"}]
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff" + json.dumps(rows, indent=1))
+    assert [r.expected for r in read_records([path])] == ["A", "B"]
+    assert count_rows(path) == 2
+    path.write_text('[{"messages": [],},\n 2]')
+    with pytest.raises(UserError, match=r"a.json: trailing comma at line 1, column 17: JSON allows none, remove it$"):
+        read_records([path])
+    path.write_text('[\n  // pages of 2024\n  {"text": "a"}]')
+    with pytest.raises(UserError, match=r"a.json: a comment at line 2, column 3: JSON allows none, remove it$"):
+        read_records([path])
