@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageOps
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 from mistral_ft.images import ImageFitter
-from mistral_ft.references import is_data_url, split_page
+from mistral_ft.references import is_data_url, split_page, table_of
 
 PDF_DPI = 200  # of pages that are drawn for no model
 PDF_PIXELS = 25_000_000  # that such a page may have
@@ -94,10 +94,14 @@ def fingerprint(reference: str) -> str:
     """SHA-256 of a page, in hexadecimal: the same for the same bytes under any name, and another for another page.
 
     Raises:
-        ValueError: if it is a damaged data URL; OSError: if the file cannot be read.
+        ValueError: if it is a damaged data URL or not in its table; OSError: if the file cannot be read.
     """
     name, page = split_page(reference)
-    digest = hashlib.sha256(decode_data_url(name)).hexdigest() if is_data_url(name) else _file_hash(name)
+    if is_data_url(name) or table_of(name):
+        with bytes_of(name) as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+    else:
+        digest = _file_hash(name)
     return hashlib.sha256(f"{digest} {page}".encode()).hexdigest() if page else digest
 
 
@@ -150,9 +154,13 @@ def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile
 
 
 def bytes_of(name: str) -> IO[bytes]:
-    """The bytes of a path or data URL, to read; raises ValueError or OSError if there are none."""
+    """The bytes of a path, data URL or place in a table, to read; raises ValueError or OSError if there are none."""
     if is_data_url(name):
         return io.BytesIO(decode_data_url(name))
+    if table_of(name):
+        from mistral_ft.tables import open_image_bytes  # imports datasets, which takes a second
+
+        return open_image_bytes(name)
     if os.path.exists(name) and not os.path.isfile(name):
         raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
     # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.

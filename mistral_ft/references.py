@@ -3,9 +3,10 @@
     scan.png                        a file, its path relative to the images' folder or absolute
     file.pdf#page=3                 one page of a PDF or TIFF, counted from 1
     file.pdf#page=1-4               four images, in this order
+    a.parquet#row=12&column=image   an image in a table, row counted from 0; &item=0 where the column holds lists
     data:image/png;base64,iVBORw…   the image itself
 
-Here they are only text; `pages.py` opens them. A further kind needs its shape here and a reader in `pages.opened`.
+Here they are only text; `pages.py` opens them. A further kind needs its shape here and a reader in `pages.bytes_of`.
 """
 
 import re
@@ -17,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 MOST_PAGES = 1000  # of one range: each is an image of thousands of tokens
 
 _MARK = "#page="
+IN_TABLE = re.compile(r"(?P<table>.+)#row=(?P<row>\d+)&column=(?P<column>[^&#]+)(?:&item=(?P<item>\d+))?", re.DOTALL)
 _RANGE = re.compile(r"([1-9][0-9]{0,6})(?:-([1-9][0-9]{0,6}))?")
 
 
@@ -70,6 +72,12 @@ def split_page(reference: str) -> tuple[str, int | None]:
     """(Path or data URL, page counted from 0) of a reference to one page; None where it names no page."""
     name, mark, page = reference.rpartition(_MARK)
     return (name, int(page) - 1) if mark else (reference, None)
+
+
+def table_of(name: str) -> str | None:
+    """The table that a reference, without its page, leads into; None if it leads to a file."""
+    found = None if is_data_url(name) else IN_TABLE.fullmatch(name)
+    return found["table"] if found else None
 
 
 def is_data_url(reference: str) -> bool:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from mistral_ft.pages import PillowFile, bytes_of, open_image, opened
-from mistral_ft.references import check_reference, is_data_url, split_page
+from mistral_ft.references import check_reference, is_data_url, split_page, table_of
 
 MOST_PIXELS = 25_000_000  # that are sent; larger pages are scaled down
 MOST_BYTES = 20_000_000  # of a file that is sent as it is
@@ -29,7 +29,8 @@ def find_page(images_dir: str | os.PathLike, reference: str) -> str:
     if is_data_url(reference):
         return reference
     folder = Path(images_dir).resolve()
-    name, page = split_page(reference)
+    whole, page = split_page(reference)
+    name = table_of(whole) or whole
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not name or "\0" in name or ".." in parts or name.startswith(("/", "\\")) or Path(name).is_absolute():
         raise ValueError("image paths must be relative to the images' folder, without ..; this one is not opened")
@@ -42,9 +43,9 @@ def find_page(images_dir: str | os.PathLike, reference: str) -> str:
     except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"the image cannot be opened: {reason}") from None
-    if "#page=" in path.name:  # a link's aim, which would be read as a page of another file
-        raise ValueError("the image is a link to a name with #page= in it; it is not opened")
-    return str(path) if page is None else f"{path}#page={page + 1}"
+    if "#page=" in path.name or table_of(str(path)):  # a link's aim, which would be read as another file's page
+        raise ValueError("the image is a link to a name with #page= or #row= in it; it is not opened")
+    return f"{path}{whole[len(name) :]}" + ("" if page is None else f"#page={page + 1}")
 
 
 def render_page(reference: str, page: int) -> tuple[bytes, str]:

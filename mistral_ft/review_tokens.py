@@ -42,7 +42,7 @@ class TokenView:
         row = as_record(row)
         check_record(row)
         record = Record(Path(), 1, row, images_dir)
-        sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(record.conversation)]
+        sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(record.messages)]
         grids = [fitter.grid(*size) for size in sizes]
         ids, labels = encode_record(encoder, record, grids, with_answer=True)
         control = vars(encoder.control)

@@ -76,10 +76,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def loss_falls(train_tiny):
-    def check(path, *arguments):
-        run = train_tiny(
-            path, "--max_steps", 6, "--per_device_train_batch_size", 4, "--save_strategy", "no", *arguments
-        )
+    def check(path):
+        run = train_tiny(path, "--max_steps", 6, "--per_device_train_batch_size", 4, "--save_strategy", "no")
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert len(losses) == 6
@@ -126,11 +124,8 @@ def test_a_parquet_file_with_images_in_it(folder, loss_falls, kind):
 
 
 def test_a_folder_of_the_datasets_library(folder, loss_falls):
-    row = {
-        "question": "Title?",
-        "answer": "Decree 5",
-        "image": {"bytes": (folder / "page.png").read_bytes(), "path": None},
-    }
+    image = {"bytes": (folder / "page.png").read_bytes(), "path": None}
+    row = {"question": "Title?", "answer": "Decree 5", "image": image}
     datasets.DatasetDict({"train": datasets.Dataset.from_list([row] * 8)}).save_to_disk(folder / "set")
     loss_falls(f"{folder / 'set'}:train")
 

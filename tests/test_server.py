@@ -17,7 +17,10 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -633,6 +636,13 @@ class TestPages:
         with Image.open(io.BytesIO(render_page(f"{folder}/turned.jpg", 0)[0])) as shown:
             assert shown.size == (20, 40)
 
+    def test_a_page_in_a_table(self, serve, folder, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        data = (folder / "deep/a.png").read_bytes()
+        pyarrow.parquet.write_table(pyarrow.table({"image": [data]}), folder / "deep/a.parquet")
+        answer = self.get(serve, folder, "deep/a.parquet#row=0&column=image")
+        assert (answer.content, answer.headers["content-type"]) == (data, "image/png")
+
     def test_pages_of_a_tiff_and_a_pdf(self, serve, folder):
         sheets = [Image.new("L", (30 + 10 * k, 20), 50 * k) for k in range(3)]
         sheets[0].save(folder / "many.tif", save_all=True, append_images=sheets[1:])
@@ -721,6 +731,10 @@ OUTSIDE = [
     "..", "~/secret.png",
     "../secret.png#page=1", "link.png#page=1", "renamed.png", "/etc/passwd#page=1", "a.png#page=1/../../secret.png",
     "file:///etc/passwd", "http://127.0.0.1/x.png", "data:image/png;base64,AAAA", "/etc/passwd", "/proc/self/environ",
+    "../secret.parquet#row=0&column=image", "linked/secret.parquet#row=0&column=image",
+    "paths.parquet#row=0&column=image",
+    "paths.parquet#row=1&column=image", "paths.parquet#row=2&column=image", "paths.parquet#row=0&column=image#page=1",
+    "org/name:train#row=0&column=image", "a.png#row=0&column=image",
     "//etc/passwd", "C:\\secret.png", "a.png/../../secret.png", "..;/secret.png",
 ]  # fmt: skip
 
@@ -741,6 +755,10 @@ class TestAttacks:
         )  # read as a page of link.png, it would lead out
         (folder / "renamed.png").symlink_to(folder / "link.png#page=1")
         (folder / "loop.png").symlink_to(folder / "loop.png")
+        paths = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
+        pyarrow.parquet.write_table(pyarrow.table({"image": paths}), folder / "paths.parquet")
+        secret = pyarrow.table({"image": [(tmp_path / "secret.png").read_bytes()]})
+        pyarrow.parquet.write_table(secret, tmp_path / "secret.parquet")
         return folder
 
     @pytest.mark.parametrize("name", OUTSIDE)

@@ -1,16 +1,19 @@
 """Parquet files and `datasets` folders hold the same records as JSONL, images within them included."""
 
+import hashlib
 import io
 import json
+import re
 
 import datasets
 import pytest
 from PIL import Image
 
 from mistral_ft.errors import UserError
+from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
 from mistral_ft.rows import count_rows, data_files
-from mistral_ft.tables import open_table, read_image
+from mistral_ft.tables import open_table
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,10 @@ def png(color: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (28, 28), color).save(file, "PNG")
     return file.getvalue()
+
+
+def color_of(reference: str) -> int:
+    return open_image(reference).getpixel((0, 0))[0]
 
 
 def ask(*blocks) -> list:
@@ -59,9 +66,11 @@ def test_a_parquet_file_holds_records(tmp_path, dataset):
         record("a b.parquet", 1, 2),
         record("a b.parquet", 2, 0, n=3),
     ]
-    assert read_image(f"{path}#row=0&column=images&item=0") == png(1)
-    assert read_image(f"{path}#row=1&column=images&item=0") == png(2)
-    assert read_image(f"{path}#row=1&column=images&item=1") == "b.png"
+    assert color_of(f"{path}#row=0&column=images&item=0") == 1
+    assert color_of(f"{path}#row=1&column=images&item=0") == 2
+    (path.parent / "b.png").write_bytes(png(3))
+    assert color_of(f"{path}#row=1&column=images&item=1") == 3
+    assert fingerprint(f"{path}#row=1&column=images&item=0") == hashlib.sha256(png(2)).hexdigest()
     assert (count_rows(path), data_files(path)) == (3, [path])
 
 
@@ -80,7 +89,7 @@ def test_a_column_of_the_library_s_own_images(tmp_path):
         ],
         "expected": "A",
     }
-    assert Image.open(io.BytesIO(read_image(f"{tmp_path}/{reference}"))).getpixel((0, 0)) == 7
+    assert color_of(f"{tmp_path}/{reference}") == 7
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
@@ -95,7 +104,7 @@ def test_a_folder_holds_splits(tmp_path, dataset, kind):
     assert [r.expected for r in read_records([folder])] == ["A", "B", "C"]
     assert read_records([folder])[0].data["images"] == ["set#row=0&column=images&item=0"]
     assert [r.expected for r in read_records([f"{folder}:test"])] == ["C"]
-    assert read_image(f"{folder}:train#row=0&column=images&item=0") == png(1)
+    assert color_of(f"{folder}:train#row=0&column=images&item=0") == 1
     assert all(file.is_file() for file in data_files(f"{folder}:test"))
     with pytest.raises(UserError, match=f"^{folder}:dev: no such split; there is train, test$"):
         read_records([f"{folder}:dev"])
@@ -109,19 +118,25 @@ def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    ("reference", "reason"),
+    ("place", "reason"),
     [
-        ("#row=9&column=images", "image {} does not exist"),
-        ("#row=0&column=pages", "image {} does not exist"),
-        ("#row=2&column=images&item=0", "image {} does not exist"),
-        ("#row=1&column=images&item=5", "image {} does not exist"),
+        ("#row=9&column=images&item=0", "the table has no such image"),
+        ("#row=0&column=pages", "the table has no such image"),
+        ("#row=2&column=images&item=0", "the table has no such image"),
+        ("#row=1&column=images&item=5", "the table has no such image"),
+        ("#row=0&column=expected", "No such file or directory"),
+        ("#row=0&column=n", "the table has nothing there"),
+        ("#row=3&column=expected", "the table has the path ../A there, which is not below its folder"),
+        ("#row=4&column=expected", "the table has the path /etc/A there, which is not below its folder"),
     ],
 )
-def test_a_wrong_reference_is_named(tmp_path, dataset, reference, reason):
-    dataset.to_parquet(tmp_path / "a.parquet")
-    whole = f"{tmp_path}/a.parquet{reference}"
-    with pytest.raises(ValueError, match="^" + reason.format(whole) + "$"):
-        read_image(whole)
+def test_a_wrong_reference_is_named(tmp_path, place, reason):
+    rows = [*ROWS, ROWS[0] | {"expected": "../A"}, ROWS[0] | {"expected": "/etc/A"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    whole = f"{tmp_path}/a.parquet{place}"
+    ending = " does not exist" if "file" in reason else f" cannot be opened: {reason}"
+    with pytest.raises(ValueError, match=re.escape(f"image {whole}{ending}") + "$"):
+        open_image(whole)
 
 
 def test_faults_of_tables_are_one_line(tmp_path, dataset):
