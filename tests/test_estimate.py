@@ -47,7 +47,7 @@ def test_a_long_record_slows_all():
     ]
     assert list(describe_training([100], [("a.jsonl:1", 100)]))[1:] == [
         "  all records fit: the longest has 100 tokens, and about 34,000 have room",
-        "  one epoch takes about 0.024 s: 100 tokens, in sequences of 128",
+        "  one epoch takes about 0.047 s: 100 tokens, in sequences of 256",
     ]
 
 
