@@ -2,7 +2,7 @@
 
     python -m reformat_data alpaca.json records.jsonl [--split 0.9] [--where FIELD=VALUE] [--limit N]
 
-IN is JSONL or one JSON array: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
+IN is whatever train reads: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
 Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
 and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
 converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
@@ -36,7 +36,7 @@ LINES_SHOWN = 5  # of the rows left out for one reason
 
 def parse_arguments():
     parser = ArgumentParser(prog="python -m reformat_data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input", metavar="IN", type=Path, help="JSONL file, or one JSON array")
+    parser.add_argument("input", metavar="IN", type=Path, help="JSONL, one JSON array, parquet, a folder or hub id of `datasets`")
     parser.add_argument("output", metavar="OUT", type=Path, help="JSONL file of records to write")
     parser.add_argument(
         "--format", choices=("auto", *FORMATS), default="auto", help="of IN (default: by its first rows)"
@@ -146,7 +146,7 @@ def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str])
                 raise ValueError(f"image {image} does not exist, and --split compares the pages")
             hashes[image] = fingerprint(image)
     return [hashes[image] for image in images] or [
-        hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()
+        hashlib.sha256(json.dumps(record.get("messages", record.get("text")), sort_keys=True).encode()).hexdigest()
     ]
 
 
@@ -257,9 +257,9 @@ def main() -> None:
             try:
                 record, left_out = convert(row, form, args.columns)
                 record = {"id": f"{args.input.stem}-{line}"} | record
-                taken = embedded.take(record["messages"])
+                taken = embedded.take(record.get("messages", []))
                 check_record(record)
-                images = image_blocks(record["messages"])
+                images = image_blocks(record.get("messages", []))
                 if split:
                     paths = [resolve(image, output_dir if image in taken else images_dir) for image in images]
                     splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))

@@ -30,10 +30,12 @@ def open_table(source: str):
     """
     try:
         import datasets
+        import huggingface_hub
     except ImportError:
         raise UserError(f"{source}: reading tables needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
