@@ -36,7 +36,9 @@ LINES_SHOWN = 5  # of the rows left out for one reason
 
 def parse_arguments():
     parser = ArgumentParser(prog="python -m reformat_data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input", metavar="IN", type=Path, help="JSONL, one JSON array, parquet, a folder or hub id of `datasets`")
+    parser.add_argument(
+        "input", metavar="IN", type=Path, help="JSONL, one JSON array, parquet, a folder or hub id of `datasets`"
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="JSONL file of records to write")
     parser.add_argument(
         "--format", choices=("auto", *FORMATS), default="auto", help="of IN (default: by its first rows)"

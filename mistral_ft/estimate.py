@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mistral_ft.files import read_settings
-from mistral_ft.packing import STEP, activation_bytes, choose_length, fill
+from mistral_ft.packing import STEP, STEP_OVERHEAD, activation_bytes, choose_length, fill
 
 # Layers, width, and width of the MLP of Mistral-Small-3.1-24B.
 MEASURED_SHAPE = (40, 5120, 32768)
@@ -40,14 +40,16 @@ def longest_that_fits(recomputed: bool) -> int:
 def epoch_seconds(lengths: Sequence[int]) -> tuple[float, int]:
     """(Seconds, tokens of a packed sequence) of one epoch over records of these lengths, as train would pack them.
 
-    Between the two sequence lengths that were measured, the time a token takes is taken to grow evenly.
+    Between the two sequence lengths that were measured, the time a token takes is taken to grow evenly; shorter ones
+    take longer by what a step costs beside its tokens.
     """
     most = longest_that_fits(recomputed=False)
     length = choose_length(lengths, most, epochs=1)
     sample = lengths if len(lengths) <= SAMPLE else np.random.default_rng(0).choice(lengths, SAMPLE, False).tolist()
     tokens = sum(lengths) / fill(sample, length)
     share = max(0.0, (length - most) / (LONGEST - most))
-    return tokens * ((1 - share) * PAGES_FILL / PAGES_SPEED + share / LONGEST_SPEED), length
+    each = (1 - share) * PAGES_FILL / PAGES_SPEED + share / LONGEST_SPEED
+    return tokens * each * max(1, (1 + STEP_OVERHEAD / length) / (1 + STEP_OVERHEAD / most)), length
 
 
 def describe_training(lengths: Sequence[int], named: Sequence[tuple[str, int]]) -> Iterator[str]:
