@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from mistral_ft.formats import FORMATS, convert, possible_formats
 from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import check_record, image_blocks
-from mistral_ft.references import resolve, split_page
+from mistral_ft.references import resolve
 from mistral_ft.rows import count_rows, data_files, read_objects
 from mistral_ft.splitting import Splitter
 
@@ -140,13 +139,16 @@ def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str])
     """What makes a record show the same page as another: its images' contents, without images its messages.
 
     Raises:
-        ValueError: if an image does not exist.
+        ValueError: if an image cannot be read.
     """
     for image in images:
         if image not in hashes:
-            if not os.path.isfile(split_page(image)[0]):
-                raise ValueError(f"image {image} does not exist, and --split compares the pages")
-            hashes[image] = fingerprint(image)
+            try:
+                hashes[image] = fingerprint(image)
+            except FileNotFoundError:
+                raise ValueError(f"image {image} does not exist, and --split compares the pages") from None
+            except OSError as error:
+                raise ValueError(f"image {image} cannot be read: {error.strerror}") from None
     return [hashes[image] for image in images] or [
         hashlib.sha256(json.dumps(record.get("messages", record.get("text")), sort_keys=True).encode()).hexdigest()
     ]

@@ -97,6 +97,16 @@ class Record:
         return RecordError(self.path, self.line, reason)
 
 
+def as_predicted(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that predict may have seen as it would have written it; a row that is no record as it is."""
+    try:
+        data = as_record(row)
+        check_record(data)
+    except ValueError:
+        return row
+    return Record(Path(), 0, data, Path()).row
+
+
 def read_records(
     paths: Sequence[str | os.PathLike], images_dir: str | os.PathLike | None = None, expected_required: bool = False
 ) -> list[Record]:

@@ -5,6 +5,7 @@ a set may be larger than RAM. An image in a row, bytes or path, becomes the refe
 (`&item=0` where the column holds lists), counted from 0, which `pages.py` opens.
 """
 
+import glob
 import io
 import json
 import os
@@ -41,7 +42,7 @@ def open_table(source: str):
         path, _, split = source.rpartition(":")
     try:
         if Path(path).is_file():
-            found = datasets.Dataset.from_parquet(path)
+            found = datasets.Dataset.from_parquet(glob.escape(path))
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:

@@ -636,6 +636,15 @@ class TestPages:
         with Image.open(io.BytesIO(render_page(f"{folder}/turned.jpg", 0)[0])) as shown:
             assert shown.size == (20, 40)
 
+    def test_other_rows_are_shown_as_records(self, serve, folder):
+        ask, say = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+        client = serve([{"messages": [ask, say]}, {"prompt": "Q", "completion": "A"}, {"text": "T"}], images=folder)
+        rows = [client.get(f"/api/row?row={number}").json() for number in range(3)]
+        assert [row["expected"] for row in rows] == ["A", "A", None]
+        assert rows[0]["messages"] == rows[1]["messages"] == [{"role": "user", "blocks": [["text", "Q"]]}]
+        assert rows[2]["fields"] == [["text", "T"]]
+        assert [row["problem"] for row in rows] == [None, None, None]
+
     def test_a_page_in_a_table(self, serve, folder, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         data = (folder / "deep/a.png").read_bytes()

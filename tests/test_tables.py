@@ -3,7 +3,12 @@
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pytest
@@ -14,6 +19,7 @@ from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
 from mistral_ft.rows import count_rows, data_files
 from mistral_ft.tables import open_table
+from tests.conftest import ROOT, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +62,15 @@ def dataset():
 
 
 def test_a_parquet_file_holds_records(tmp_path, dataset):
-    path = tmp_path / "data" / "a b.parquet"
+    path = tmp_path / "data" / "a [b].parquet"
     path.parent.mkdir()
     dataset.to_parquet(path, batch_size=2)
     records = read_records([path], expected_required=True)
     assert [r.line for r in records] == [1, 2, 3]
     assert [r.data for r in records] == [
-        record("a b.parquet", 0, 1, n=1),
-        record("a b.parquet", 1, 2),
-        record("a b.parquet", 2, 0, n=3),
+        record("a [b].parquet", 0, 1, n=1),
+        record("a [b].parquet", 1, 2),
+        record("a [b].parquet", 2, 0, n=3),
     ]
     assert color_of(f"{path}#row=0&column=images&item=0") == 1
     assert color_of(f"{path}#row=1&column=images&item=0") == 2
@@ -108,6 +114,17 @@ def test_a_folder_holds_splits(tmp_path, dataset, kind):
     assert all(file.is_file() for file in data_files(f"{folder}:test"))
     with pytest.raises(UserError, match=f"^{folder}:dev: no such split; there is train, test$"):
         read_records([f"{folder}:dev"])
+
+
+def test_a_split_compares_pages_in_tables(tmp_path, run_cli):
+    rows = [{"question": f"Q{k}", "answer": "A", "image": {"bytes": png(k // 2), "path": None}} for k in range(8)]
+    path, out = tmp_path / "a.parquet", tmp_path / "out.jsonl"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    assert run_cli("reformat_data", path, out, "--split", 0.5)[0] == 0
+    sides = [{r["id"] for r in read_rows(tmp_path / f"out.{side}.jsonl")} for side in ("train", "test")]
+    assert [len(side) for side in sides] == [4, 4]
+    for k in (1, 3, 5, 7):  # two rows of one page each
+        assert any({f"a-{k}", f"a-{k + 1}"} <= side for side in sides)
 
 
 def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
@@ -162,3 +179,59 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     path.write_text('[\n  // pages of 2024\n  {"text": "a"}]')
     with pytest.raises(UserError, match=r"a.json: a comment at line 2, column 3: JSON allows none, remove it$"):
         read_records([path])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one set, org/name, of one parquet file."""
+
+    data: bytes
+    file = "data/train-00000-of-00001.parquet"
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].removeprefix("/api/datasets/org/name")
+        entry = {"type": "file", "path": self.file, "size": len(self.data), "oid": "b" * 40}
+        headers = {"ETag": '"1"', "X-Repo-Commit": "a" * 40, "Content-Type": "application/json"}
+        if path.startswith("/tree/"):
+            folder = {"type": "directory", "path": "data", "oid": "c" * 40}
+            body = json.dumps([entry] if path.endswith("/data") else [folder]).encode()
+        elif path == "" or path.startswith("/revision/"):
+            body = json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": [{"rfilename": self.file}]}).encode()
+        elif path.endswith(self.file):
+            body = self.data
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_set_of_the_hub(tmp_path):
+    image = {"bytes": png(7), "path": None}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"question": "Q", "answer": "A", "image": image}]).to_parquet(path)
+    Hub.data = path.read_bytes()
+    hub = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    program = (
+        "from mistral_ft.records import read_records; from mistral_ft.pages import open_image\n"
+        "(record,) = read_records(['org/name:train'], expected_required=True)\n"
+        "print(record.path, record.line, record.expected, open_image(*record.image_paths).getpixel((0, 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    hub.shutdown()
+    assert done.stdout == "org/name:train 1 A (7, 7, 7)\n", done.stderr
