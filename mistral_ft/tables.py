@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 
 from mistral_ft.errors import UserError
@@ -23,17 +25,12 @@ ROWS_AT_ONCE = 64
 
 
 @lru_cache(8)
-def open_table(source: str):
+def open_table(source: str) -> datasets.Dataset:
     """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
 
     Raises:
         UserError: if it cannot be read, in one line.
     """
-    try:
-        import datasets
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f"{source}: reading tables needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
