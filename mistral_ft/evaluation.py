@@ -22,6 +22,7 @@ from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import Record
 from mistral_ft.splitting import Splitter
+from mistral_ft.stopping import leave_signals_to_the_parent
 
 # Records answered at each evaluation, if nothing else is asked for.
 ROWS_ANSWERED = 16
@@ -104,6 +105,7 @@ class Evaluator:
             collate_fn=TrainingCollator(pad, self.length, room),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # a loader draws a number: not from the training's
         )
         summed, labels = 0.0, 0

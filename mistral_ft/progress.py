@@ -47,10 +47,13 @@ class Progress:
         self.bar.update(count)
         now = time.perf_counter()
         if rank() == 0 and self.bar.disable and self._line_is_due(now):
-            self.printed = now
+            parts = [f"{self.unit} {self.done}/{self.total}", text]
             rate = (self.done - self.before) / (now - self.started)
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            # The first line comes at once, when what was started tells nothing about the pace.
+            if rate and (self.printed > -math.inf or self.done >= self.total):
+                left = tqdm.format_interval((self.total - self.done) / rate)
+                parts += [f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            self.printed = now
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     def _line_is_due(self, now: float) -> bool:
