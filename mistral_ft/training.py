@@ -432,6 +432,10 @@ class FinetuneTrainer(Trainer):
             self._logged_at += time.perf_counter() - started  # it is no time of training
         return metrics
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether this evaluation is the best; Trainer's own would have it remove checkpoints by itself."""
+        return self.best_step == self.state.global_step
+
     @property
     def best_step(self) -> int | None:
         """The step of the best evaluation so far."""
