@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 # Colours that stand for the page's, which replace them in the SVG.
 INK, MUTED, LINE, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -116,8 +116,8 @@ def loss_plot(history: Sequence[dict[str, Any]], best_step: int | None) -> str:
         best_step: that of the best evaluation, if there was any.
     """
 
-    def curve(name: str, factor: float = 1) -> tuple[list[int], list[float]]:
-        found = [(entry["step"], factor * entry[name]) for entry in history if name in entry]
+    def curve(name: str) -> tuple[list[int], list[float]]:
+        found = [(entry["step"], entry[name]) for entry in history if name in entry]
         return [step for step, _ in found], [value for _, value in found]
 
     with _style():
@@ -130,6 +130,10 @@ def loss_plot(history: Sequence[dict[str, Any]], best_step: int | None) -> str:
                 best_step, color=ACCENT, linestyle=":", linewidth=1.2, label=f"best evaluation, step {best_step}"
             )
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set(xlabel="step", ylabel="loss")
         if any("eval_exact_match" in entry for entry in history):
             right = axes.twinx()

@@ -64,7 +64,7 @@ LEARNED_TOO = {
     "weight_decay": {"weight_decay": 0.5},
     "warmup_steps": {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"},
     "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
-    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 3.0}},
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
     "per_device_train_batch_size": {"per_device_train_batch_size": 2},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},

@@ -98,6 +98,8 @@ def test_a_plot_shows_what_there_is():
     assert "evaluation" not in plain.split("aria-label")[1].split(">", 1)[1]
     full = loss_plot([*losses, {"step": 4, "eval_loss": 0.5, "eval_exact_match": 0.5}], 4)
     assert all(text in full for text in ("loss in evaluation", "best evaluation, step 4", "answers that are right"))
+    assert ">0.2</text>" in full
+    assert "mathdefault" not in full
     assert "var(" not in full  # it is a file of its own, without a page's colours
     ElementTree.fromstring(full)
 
