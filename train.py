@@ -74,7 +74,7 @@ def main() -> None:
     from transformers import set_seed
 
     from mistral_ft.data import RecordDataset, measure_records
-    from mistral_ft.evaluation import ROWS_ANSWERED, Evaluator, hold_out
+    from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
@@ -111,20 +111,18 @@ def main() -> None:
     base = find_model_folder(model_args.model_id, weights=False)
     check_model_folder(base)
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    sizes = measure_records([*records, *held_out], encoder, fitter, data_args.max_seq_length)
-    is_held_out = [False] * len(records) + [True] * len(held_out)
+    held = [False] * len(records) + [True] * len(held_out)
+    records = [*records, *held_out]
+    sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
     if eval_args.eval_fraction is not None:
-        is_held_out = hold_out(records, eval_args.eval_fraction, args.seed)
-    sized = list(zip([*records, *held_out], sizes, is_held_out, strict=True))
-    records, sizes = zip(*[(record, size) for record, size, held in sized if not held], strict=True)
+        held = hold_out(records, eval_args.eval_fraction, args.seed)
+    (records, sizes), (held_out, held_sizes) = divide(records, sizes, held)
     lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
     evaluator = None
-    if eval_args.wanted:
-        held_out, held_sizes = zip(*[(record, size) for record, size, held in sized if held], strict=True)
-        answered = 0 if speed_args.shard_base else ROWS_ANSWERED
-        answered = answered if eval_args.eval_generate is None else eval_args.eval_generate
-        evaluator = Evaluator(RecordDataset(held_out, encoder, fitter), held_sizes, answered)
+    if held_out:
+        held_out, answered = RecordDataset(held_out, encoder, fitter), eval_args.answered(speed_args.shard_base)
+        evaluator = Evaluator(held_out, held_sizes, answered)
         print(f"{len(held_out)} records to evaluate on, {len(evaluator.answered)} of them answered")
 
     # 4. The run's folder: a new one, or that of the run to continue.

@@ -170,6 +170,7 @@ class CheckpointArguments:
 
 # What evaluation measures; of some more is better, of the others less.
 METRICS, BETTER_HIGH = ("loss", "exact_match", "cer"), ("exact_match",)
+ROWS_ANSWERED = 16  # at each evaluation, if nothing else is asked for
 # Flags of TrainingArguments that ask for an evaluation.
 ABOUT_EVALUATION = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model",
@@ -185,7 +186,7 @@ class EvaluationArguments:
     )
     eval_fraction: float | None = _field(None, "Take such a share of --dataset instead, pages and all.")
     eval_generate: int | None = _field(
-        None, "Answer so many of its records at each evaluation (default: 16; 0 with --shard_base True)."
+        None, f"Answer so many of its records at each evaluation (default: {ROWS_ANSWERED}; 0 with --shard_base True)."
     )
     early_stopping_patience: int | None = _field(
         None, "End after so many evaluations in a row without a better one, and keep the adapter of the best."
@@ -195,6 +196,10 @@ class EvaluationArguments:
     def wanted(self) -> bool:
         """Whether there is data to evaluate on."""
         return self.eval_dataset is not None or self.eval_fraction is not None
+
+    def answered(self, shard_base: bool) -> int:
+        """How many records are answered at each evaluation; whole layers are needed for it."""
+        return self.eval_generate if self.eval_generate is not None else 0 if shard_base else ROWS_ANSWERED
 
     def problems(self, args: Any, shard_base: bool) -> list[str]:
         """Everything wrong with these arguments, one line each.
@@ -217,10 +222,10 @@ class EvaluationArguments:
             given.append("save_strategy best")
         if not self.wanted:
             found += [f"--{name} has no effect without --eval_dataset or --eval_fraction" for name in given]
-        answers = 0 if shard_base and self.eval_generate is None else self.eval_generate
-        if shard_base and answers:
+        answered = self.answered(shard_base)
+        if shard_base and answered:
             found.append("--eval_generate needs whole layers, and --shard_base True has none; leave it out")
-        if answers == 0 and args.metric_for_best_model != "loss":
+        if answered == 0 and args.metric_for_best_model != "loss":
             found.append(f"--metric_for_best_model {args.metric_for_best_model} needs answers: --eval_generate 16")
         return found
 

@@ -24,9 +24,6 @@ from mistral_ft.records import Record
 from mistral_ft.splitting import Splitter
 from mistral_ft.stopping import leave_signals_to_the_parent
 
-# Records answered at each evaluation, if nothing else is asked for.
-ROWS_ANSWERED = 16
-
 
 def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool]:
     """For each record whether it is kept from training; those that show a page, or ask a text, together are so as one.
@@ -47,6 +44,14 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool
             "together; give another fraction, or --eval_dataset"
         )
     return held
+
+
+def divide(
+    records: Sequence[Record], sizes: Sequence[RecordSize], held: Sequence[bool]
+) -> list[tuple[list[Record], list[RecordSize]]]:
+    """Records and their sizes in two: those that are learned, and those that are held out."""
+    rows = list(zip(records, sizes, held, strict=True))
+    return [([r for r, _, h in rows if h == side], [s for _, s, h in rows if h == side]) for side in (False, True)]
 
 
 class Evaluator:
