@@ -18,7 +18,7 @@ from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.layers import LayerRunner, set_up_compiler
 from mistral_ft.model import limit_gib
-from mistral_ft.packing import choose_length, pack, round_up
+from mistral_ft.packing import activation_bytes, choose_length, pack, round_up
 from mistral_ft.training import FinetuneTrainer
 
 # Packed sequences on a CPU, where memory sets no limit, are as long as on an 80 GB card.
@@ -28,14 +28,9 @@ SPARE_GIB = 0.75
 
 
 def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
-    """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word.
-
-    A compiled layer keeps the MLP's two wide products and twice the hidden state of each token in bf16 (measured on the
-    24B: 148 KB a token and layer). Beside that there is the layer at work: 1 MB a token.
-    """
+    """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word."""
     config = model.get_base_model().config.text_config
-    kept = 2 * (2 * config.intermediate_size + 2 * config.hidden_size) * config.num_hidden_layers
-    at_work = 2 * (9 * config.intermediate_size + config.hidden_size * config.num_hidden_layers)
+    kept, at_work = activation_bytes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Still to come for what is trained: gradients and Adam's two moments in fp32.
     free = min(gather(limit_gib(device) * 2**30 - torch.cuda.memory_allocated(device) - 12 * trained))

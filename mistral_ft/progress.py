@@ -35,10 +35,13 @@ class Progress:
         self.bar.update(count)
         now = time.perf_counter()
         if rank() == 0 and self.bar.disable and (now - self.printed >= self.seconds or self.done >= self.total):
-            self.printed = now
+            parts = [f"{self.unit} {self.done}/{self.total}", text]
             rate = (self.done - self.before) / (now - self.started)
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            # The first line comes at once, when what was started tells nothing about the pace.
+            if rate and (self.printed > -math.inf or self.done >= self.total):
+                left = tqdm.format_interval((self.total - self.done) / rate)
+                parts += [f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            self.printed = now
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     @staticmethod
