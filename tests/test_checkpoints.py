@@ -189,9 +189,9 @@ def test_a_disk_that_is_full_during_a_checkpoint(whole, command, run_cli, monkey
     writing, limits = checkpoints.writing, resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def on_a_small_disk(run, step, size, keep):
+    def on_a_small_disk(run, step, size, *more):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
-        return writing(run, step, size, keep)
+        return writing(run, step, size, *more)
 
     monkeypatch.setattr(checkpoints, "writing", on_a_small_disk)
     try:
