@@ -26,7 +26,7 @@ from mistral_ft.stopping import leave_signals_to_the_parent
 
 
 def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool]:
-    """For each record whether it is kept from training; those that show a page, or ask a text, together are so as one.
+    """For each record whether it is kept from training; those of one page, text or row are so together.
 
     Raises:
         UserError: if no such division leaves records on both sides.
@@ -36,7 +36,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool
         images = record.image_paths
         hashes |= {image: fingerprint(image) for image in images if image not in hashes}
         asked = json.dumps([record.messages, record.text], sort_keys=True)
-        splitter.add([hashes[image] for image in images] or [asked])
+        splitter.add([(record.path, record.line), *([hashes[image] for image in images] or [asked])])
     held = splitter.divide(fraction, seed)
     if len(set(held)) == 1:
         raise UserError(
