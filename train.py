@@ -74,6 +74,8 @@ def main() -> None:
     base = find_model_folder(model_args.model_id, weights=False)
     check_model_folder(base)
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
+    if fitter is None and (lora_args.vision_lora or lora_args.train_projector):
+        raise UserError(f"--vision_lora and --train_projector: {model_args.model_id} has no vision tower")
     sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
     lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mistral_ft.errors import RecordError, raise_all
-from mistral_ft.images import ImageFitter, open_image, to_patches
+from mistral_ft.images import TEXT_ONLY, ImageFitter, open_image, to_patches
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import Record
@@ -24,7 +24,7 @@ class RecordDataset:
     """
 
     def __init__(
-        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, with_answers: bool = True
+        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, with_answers: bool = True
     ):
         self.records = records
         self.encoder = encoder
@@ -52,6 +52,12 @@ class RecordDataset:
         }
 
 
+def check_images(records: Sequence[Record], fitter: ImageFitter | None) -> None:
+    """Raises RecordError for the first record with an image, if the model, which has no fitter then, reads text only."""
+    if fitter is None and (record := next((record for record in records if record.image_paths), None)):
+        raise record.error(TEXT_ONLY)
+
+
 class RecordSize(NamedTuple):
     """How much of a record there is to compute: tokens, answer included; patches of its images; labels."""
 
@@ -61,7 +67,7 @@ class RecordSize(NamedTuple):
 
 
 def measure_records(
-    records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, max_seq_length: int
+    records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, max_seq_length: int
 ) -> list[RecordSize]:
     """Open every page and encode every record once, ahead of training, so that nothing bad turns up hours later.
 
@@ -72,8 +78,10 @@ def measure_records(
         The size of each record.
 
     Raises:
-        UserError: naming the records whose page cannot be opened or that are too long.
+        UserError: naming the records whose page cannot be opened, that are too long, or that the model's prompt has no
+            place for.
     """
+    check_images(records, fitter)
 
     def grid(path: Path) -> tuple[int, int] | str:
         try:
@@ -97,14 +105,18 @@ def measure_records(
 
     errors: list[RecordError] = []
     sizes = []
-    merged = (fitter.cell_size // fitter.patch_size) ** 2
+    merged = (fitter.cell_size // fitter.patch_size) ** 2 if fitter else 0
     for record in records:
         found = [grids[path] for path in record.image_paths]
         broken = next((result for result in found if isinstance(result, str)), None)
         if broken is not None:
             errors.append(record.error(broken))
             continue
-        input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+        try:
+            input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+        except ValueError as error:
+            errors.append(record.error(str(error)))
+            continue
         patches = merged * sum(rows * columns for rows, columns in found)
         sizes.append(RecordSize(len(input_ids), patches, len(labels) - labels.count(IGNORE_INDEX)))
         image_tokens = sum(rows * (columns + 1) for rows, columns in found)

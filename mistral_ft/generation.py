@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, GenerationConfig, Mistral3ForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig
 
-from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator
+from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, check_images
 from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
@@ -23,7 +23,7 @@ from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter, page_size
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.lora import Adapter
-from mistral_ft.model import check_model_folder, limit_gib, load_base
+from mistral_ft.model import ARCHITECTURES, check_model_folder, limit_gib, load_base
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
 from mistral_ft.records import Record
@@ -69,8 +69,11 @@ class ModelFolders:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
         return cls(adapter.base_model, adapter.find_base(weights=False), adapter)
 
-    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter]:
-        """The encoder and the image fitter: the run's own where there is an adapter, else the model's."""
+    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
+        """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
+
+        The fitter is None for a model that reads text only.
+        """
         check_model_folder(self.folder)
         prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
         return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
@@ -98,15 +101,24 @@ class ModelFolders:
         return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
 
 
-def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter) -> list[int]:
-    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing."""
+def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None) -> list[int]:
+    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing.
+
+    Raises:
+        UserError: naming the first record that shows an image to a model that reads text only, or that the model's
+            prompt has no place for.
+    """
+    check_images(records, fitter)
 
     def length(record: Record) -> int:
         try:
             grids = [fitter.grid(*page_size(path)) for path in record.image_paths]
         except ValueError:
             return 0  # the row will get an error when its turn comes
-        return len(encode_record(encoder, record, grids, with_answer=False)[0])
+        try:
+            return len(encode_record(encoder, record, grids, with_answer=False)[0])
+        except ValueError as error:
+            raise record.error(str(error)) from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(length, records))
@@ -162,8 +174,8 @@ def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
     """
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        weights = 2 * sum(p.numel() for p in Mistral3ForConditionalGeneration(config).parameters())
-    text = config.text_config
+        weights = 2 * sum(p.numel() for p in ARCHITECTURES[config.model_type][0](config).parameters())
+    text = config.get_text_config()
     # Prompts at work: five tensors as wide as the MLP, eight as wide as the hidden state; 3 GiB for the rest.
     width = 2 * (5 * text.intermediate_size + 8 * text.hidden_size)
     at_work = max(longest, MAX_PROMPT_TOKENS) * width + 3 * 2**30
@@ -216,7 +228,7 @@ class Generator:
         self,
         folders: ModelFolders,
         encoder: PromptEncoder,
-        fitter: ImageFitter,
+        fitter: ImageFitter | None,
         device: torch.device,
         max_new_tokens: int,
         search: dict[str, Any] | None = None,

@@ -18,7 +18,7 @@ from mistral_ft.files import read_settings
 from mistral_ft.hub import find_model_folder
 from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, read_run
 
-TEXT_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+TEXT_LAYERS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = (
     r"model\.vision_tower\.transformer\.layers\.\d+\.(attention\.[qkvo]_proj|feed_forward\.(gate|up|down)_proj)"
 )

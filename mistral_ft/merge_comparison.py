@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from mistral_ft.data import PromptCollator, RecordDataset
+from mistral_ft.data import PromptCollator, RecordDataset, check_images
 from mistral_ft.errors import UserError
 from mistral_ft.images import ImageFitter
 from mistral_ft.lora import Adapter
@@ -60,13 +60,15 @@ class MergeComparer:
     """Answers records with an adapter unmerged, and with the merged model.
 
     Raises:
-        UserError: if the image of a record cannot be opened.
+        UserError: if the image of a record cannot be opened, or the model reads text only.
     """
 
     def __init__(self, records: Sequence[Record], base: Path, adapter: Adapter):
         self.base, self.adapter = base, adapter
         self.encoder = PromptEncoder.from_folder(base)
-        self.dataset = RecordDataset(records, self.encoder, ImageFitter.from_folder(base), with_answers=False)
+        fitter = ImageFitter.from_folder(base)
+        check_images(records, fitter)
+        self.dataset = RecordDataset(records, self.encoder, fitter, with_answers=False)
         for index in range(len(records)):
             self.dataset[index]  # opens its pages
 

@@ -15,7 +15,7 @@ from mistral_ft.attention import PACKED
 from mistral_ft.data import RecordDataset, RecordSize
 from mistral_ft.errors import UserError
 from mistral_ft.layers import LayerRunner, set_up_compiler
-from mistral_ft.model import limit_gib
+from mistral_ft.model import limit_gib, text_model
 from mistral_ft.packing import choose_length, pack, round_up
 from mistral_ft.training import FinetuneTrainer
 
@@ -31,7 +31,7 @@ def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
     A compiled layer keeps the MLP's two wide products and twice the hidden state of each token in bf16 (measured on the
     24B: 148 KB a token and layer). Beside that there is the layer at work: 1 MB a token.
     """
-    config = model.get_base_model().config.text_config
+    config = model.get_base_model().config.get_text_config()
     kept = 2 * (2 * config.intermediate_size + 2 * config.hidden_size) * config.num_hidden_layers
     at_work = 2 * (9 * config.intermediate_size + config.hidden_size * config.num_hidden_layers)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -97,7 +97,7 @@ class Preflight:
 
     Args:
         trainer: knows the loss and the optimizer.
-        runners: of the text layers, and of the vision tower's.
+        runners: of the text layers, and of the vision tower's if there is one.
         batches: what to try, as the trainer's collator makes it.
     """
 
@@ -212,10 +212,11 @@ def plan_training(
     if packing and args.per_device_train_batch_size > 1:
         raise UserError("--packing: a step holds one sequence; for more of them use --gradient_accumulation_steps")
     runners = take_over_layers(model, compiled=on_gpu if speed.compile is None else speed.compile, packing=packing)
-    text, tower = runners
+    text, *towers = runners
     text.recomputed = text.count if args.recompute else 0
-    # A tower that learns computes its layers twice: it has four times the tokens.
-    tower.recomputed = tower.count if args.recompute or (on_gpu and args.recompute is None) else 0
+    for tower in towers:
+        # A tower that learns computes its layers twice: it has four times the tokens.
+        tower.recomputed = tower.count if args.recompute or (on_gpu and args.recompute is None) else 0
 
     tokens = [size.tokens for size in sizes]
     lengths = [length or speed.pack_length]
@@ -249,14 +250,15 @@ def plan_training(
     )
 
 
-def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> tuple[LayerRunner, LayerRunner]:
-    """Have the layers of the text model and of the vision tower run by a `LayerRunner` each."""
+def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> list[LayerRunner]:
+    """Have the layers of the text model and, if there is one, of the vision tower run by a `LayerRunner` each."""
     if compiled:
         set_up_compiler()
-    core = model.get_base_model().model
-    core.language_model.config._attn_implementation = PACKED
+    base = model.get_base_model()
+    text = text_model(base)
+    text.config._attn_implementation = PACKED
     # Packed sequences have one length. Pages come in many.
-    return (
-        LayerRunner(core.language_model.layers, compiled, dynamic=not packing),
-        LayerRunner(core.vision_tower.transformer.layers, compiled, dynamic=True),
-    )
+    runners = [LayerRunner(text.layers, compiled, dynamic=not packing)]
+    if tower := getattr(base.model, "vision_tower", None):
+        runners.append(LayerRunner(tower.transformer.layers, compiled, dynamic=True))
+    return runners

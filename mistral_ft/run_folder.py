@@ -18,7 +18,7 @@ from mistral_ft.arguments import changed_fields
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_json, read_settings, settle, sha256_file, write_json
 from mistral_ft.model_card import write_model_card
-from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
+from mistral_ft.prompt import save_prompt_files
 from mistral_ft.rows import data_files
 
 RUN_FILE = "run.json"
@@ -72,7 +72,7 @@ class Run:
         return run
 
     def _write(self, settings: dict[str, Any], base: Path, rows: int) -> None:
-        save_prompt_files(base, self.folder)
+        template = save_prompt_files(base, self.folder)
         write_json(
             self.folder / RUN_FILE,
             {
@@ -80,7 +80,7 @@ class Run:
                 "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
                 "resume": _describe(settings),
                 "prompt": {
-                    "template": TEMPLATE_VERSION,
+                    "template": template,
                     "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
                 },
                 "settings": {

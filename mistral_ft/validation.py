@@ -26,7 +26,7 @@ import numpy as np
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 from mistral_ft.formats import as_record
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import TEXT_ONLY, ImageFitter, open_image
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
@@ -105,6 +105,7 @@ class RowChecker:
 
     Args:
         encoder, fitter: of the model to train; without them nothing is said about tokens and the size pages are fed at.
+            A model that reads text only has no fitter.
         max_seq_length: tokens that a record may have.
     """
 
@@ -157,6 +158,8 @@ class RowChecker:
                 pages.append(page)
                 grids += [self.fitter.grid(page.width, page.height)] if self.fitter else []
         tokens = None
+        if self.encoder and names and not self.fitter:
+            raise ValueError(TEXT_ONLY)
         if self.encoder and len(grids) == len(names):
             found, tokens = self._check_tokens(record, grids)
             problems += found
