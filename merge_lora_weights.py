@@ -51,12 +51,12 @@ def main() -> None:
     from mistral_ft.files import atomic_folder, check_free_space
     from mistral_ft.lora import Adapter
     from mistral_ft.merging import (
+        base_note,
         check_folder,
         copy_other_files,
         find_base,
         match_updates,
         merge_weights,
-        other_base_note,
     )
     from mistral_ft.model import pick_device, quiet_libraries
     from mistral_ft.model_card import card_scores, write_model_card
@@ -71,8 +71,8 @@ def main() -> None:
     adapter = Adapter(next((folder for folder in folders if Adapter.is_one(folder)), folders[0]))
     base = find_base(adapter, args.base_model)
     base_model = args.base_model or adapter.base_model
-    if base_model != adapter.base_model:
-        print(other_base_note(adapter, base_model))
+    if note := base_note(adapter, base_model):
+        print(note)
     shards = read_checkpoint(base)
     updates = match_updates(adapter, base, shards)
     if records:

@@ -7,6 +7,7 @@ Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the 
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ def parse_arguments():
     parser.add_argument("--top_k", type=int, help="sample from the so many likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--limit", type=int, help="answer only the first LIMIT records (default: all)")
+    parser.add_argument(
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        help="keep the text layers' weights in 4 bits (default: as the adapter was trained)",
+    )
     parser.add_argument("--gpu_memory_gib", type=float, help="GPU memory to get by with (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing a stopped run")
     args = parser.parse_args()
@@ -83,14 +89,14 @@ def main() -> int:
     device = pick_device(args.gpu_memory_gib)
 
     # 2. The model's folders and prompt settings; the weights come later.
-    folders = ModelFolders.find(args.model)
+    folders = ModelFolders.find(args.model, args.load_in_4bit)
     encoder, fitter = folders.load_prompt()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.
     search, lengths = search_settings(args), page_lengths(records, encoder, fitter)
     size = None if args.batch_size == "auto" else args.batch_size
     beams = args.num_beams if search else None
-    batches = plan(lengths, folders.folder, device, args.max_new_tokens, size, beams)
+    batches = plan(lengths, folders, device, args.max_new_tokens, size, beams)
     settings = {
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,

@@ -56,7 +56,14 @@ def main() -> None:
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
-    from mistral_ft.model import check_model_folder, load_base, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model import (
+        check_bitsandbytes,
+        check_model_folder,
+        load_base,
+        pick_device,
+        print_peak_memory,
+        quiet_libraries,
+    )
     from mistral_ft.preflight import plan_training
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
@@ -64,6 +71,8 @@ def main() -> None:
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
+    if model_args.load_in_4bit:
+        check_bitsandbytes()
 
     check_optimizer(args)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
@@ -88,10 +97,9 @@ def main() -> None:
     with run.cleaned_up_if_useless():
         # 5. The base, frozen, and the adapter.
         set_seed(args.seed)
-        model = load_base(find_model_folder(model_args.model_id), device)
+        model = load_base(find_model_folder(model_args.model_id), device, four_bit=model_args.load_in_4bit)
         model = add_adapter(model, lora_args, model_args.model_id)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+        print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
 
         # 6. How to train: which records share a sequence, and what the GPU has room for.
         rates = {"vision_tower": lora_args.vision_lr, "multi_modal_projector": lora_args.projector_lr}

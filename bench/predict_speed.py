@@ -100,7 +100,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
 
         lengths = page_lengths(records, encoder, fitter)
-        batches = plan(lengths, folders.folder, device, args.new_tokens)
+        batches = plan(lengths, folders, device, args.new_tokens)
         started = time.perf_counter()
         generator = Generator(folders, encoder, fitter, device, args.new_tokens)
         torch.cuda.synchronize()

@@ -74,6 +74,9 @@ class ModelArguments:
     """What to train."""
 
     model_id: str = _field(MODEL_ID, "Base model: a hub id or a folder.")
+    load_in_4bit: bool = _field(
+        False, "QLoRA: keep the weights of the text layers in 4 bits, for smaller cards; needs requirements-4bit.txt."
+    )
     gpu_memory_gib: float | None = _field(None, "GPU memory to get by with, as on a smaller card (default: all).")
 
 

@@ -53,7 +53,7 @@ class RecordDataset:
 
 
 def check_images(records: Sequence[Record], fitter: ImageFitter | None) -> None:
-    """Raises RecordError for the first record with an image, if the model, which has no fitter then, reads text only."""
+    """Raises RecordError for the first record with an image if there is no fitter: the model reads text only."""
     if fitter is None and (record := next((record for record in records if record.image_paths), None)):
         raise record.error(TEXT_ONLY)
 

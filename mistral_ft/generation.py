@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,16 @@ from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter, page_size
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
-from mistral_ft.lora import Adapter
-from mistral_ft.model import ARCHITECTURES, check_model_folder, limit_gib, load_base
+from mistral_ft.layers import Seeds
+from mistral_ft.lora import TEXT_LAYERS, Adapter
+from mistral_ft.model import (
+    ARCHITECTURES,
+    check_bitsandbytes,
+    check_model_folder,
+    is_four_bit,
+    limit_gib,
+    load_base,
+)
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
 from mistral_ft.records import Record
@@ -45,15 +54,21 @@ class ModelFolders:
         base: hub id or folder of the base or merged model.
         folder: its folder; of a hub id's files, the weights may still be missing there.
         adapter: the adapter on top of it, or None.
+        four_bit: whether the text layers' weights are kept in 4 bits. The adapter then stays beside them: merged into
+            such weights it would be rounded away.
     """
 
     base: str
     folder: Path
     adapter: Adapter | None = None
+    four_bit: bool = False
 
     @classmethod
-    def find(cls, model: str) -> "ModelFolders":
+    def find(cls, model: str, four_bit: bool | None = None) -> "ModelFolders":
         """An adapter folder and the base it names, or a model folder or hub id by itself.
+
+        Args:
+            four_bit: None keeps the weights as the adapter was trained on them.
 
         Raises:
             UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
@@ -61,28 +76,39 @@ class ModelFolders:
         if not Adapter.is_one(model):
             if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
                 raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls(model, find_model_folder(model, weights=False))
+            return cls._with_weights(model, find_model_folder(model, weights=False), None, bool(four_bit))
         adapter = Adapter(model)
         run = find_run_folder(model)
         trained_with = trained_tokenizer(run)
         if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        return cls(adapter.base_model, adapter.find_base(weights=False), adapter)
+        four_bit = adapter.four_bit if four_bit is None else four_bit
+        return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit)
+
+    @classmethod
+    def _with_weights(cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool) -> "ModelFolders":
+        four_bit = four_bit or is_four_bit(check_model_folder(folder))
+        if four_bit:
+            check_bitsandbytes()
+        return cls(base, folder, adapter, four_bit)
 
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
 
         The fitter is None for a model that reads text only.
         """
-        check_model_folder(self.folder)
         prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
         return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
 
     def load(self, device: torch.device):
-        """The model, the adapter merged into it, ready to generate."""
+        """The model with the adapter, ready to generate: merged into it, beside it with 4-bit weights."""
         folder = find_model_folder(self.base)
-        model = load_base(folder, device)
-        if self.adapter:
+        model = load_base(folder, device, self.four_bit)
+        if self.adapter and self.four_bit:
+            wrapped = self.adapter.put_on(model)
+            Seeds(wrapped)  # runs the adapter in the base's dtype, as in training
+            model = wrapped.get_base_model()
+        elif self.adapter:
             config = read_settings(folder / "config.json")
             dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
             self.adapter.merge_into(model, dtype)
@@ -98,6 +124,7 @@ class ModelFolders:
         parts.append(sha256_file(self.folder / "config.json"))
         if self.adapter:
             parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
+        parts += ["4-bit"] if self.four_bit else []
         return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
 
 
@@ -143,7 +170,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> l
 
 def plan(
     lengths: Sequence[int],
-    folder: Path,
+    folders: ModelFolders,
     device: torch.device,
     max_new_tokens: int,
     batch_size: int | None = None,
@@ -153,7 +180,7 @@ def plan(
 
     Args:
         lengths: tokens of each prompt.
-        folder: of the model.
+        folders: of the model.
         batch_size: rows of a batch; None: as many as the GPU has room for, up to `MOST_ROWS`.
         num_beams: beams of transformers' generate, where that is used.
     """
@@ -162,19 +189,25 @@ def plan(
         return plan_batches(whole, batch_size or ROWS_ON_CPU, MAX_PADDED_TOKENS // num_beams)
     if device.type != "cuda" or batch_size is not None:
         return plan_batches(whole, batch_size or ROWS_ON_CPU, sys.maxsize)
-    return plan_batches(whole, MOST_ROWS, cache_tokens(folder, device, max(lengths)))
+    return plan_batches(whole, MOST_ROWS, cache_tokens(folders, device, max(lengths)))
 
 
-def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
+def cache_tokens(folders: ModelFolders, device: torch.device, longest: int) -> int:
     """Tokens, of prompts and answers, whose keys and values the GPU has room for beside the weights.
 
     Args:
-        folder: of the model; only its config.json is read.
+        folders: of the model; only its config.json is read.
         longest: tokens of the longest prompt.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folders.folder)
     with torch.device("meta"):
-        weights = 2 * sum(p.numel() for p in ARCHITECTURES[config.model_type][0](config).parameters())
+        model = ARCHITECTURES[config.model_type][0](config)
+    # 4-bit weights with their scales, and the adapter beside them in fp32, at most so much of the weights.
+    layer = 0.55 if folders.four_bit else 2
+    weights = sum(
+        p.numel() * (layer if re.fullmatch(rf"({TEXT_LAYERS})\.weight", name) else 2)
+        for name, p in model.named_parameters()
+    )
     text = config.get_text_config()
     # Prompts at work: five tensors as wide as the MLP, eight as wide as the hidden state; 3 GiB for the rest.
     width = 2 * (5 * text.intermediate_size + 8 * text.hidden_size)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
 from mistral_ft.data import PromptCollator, RecordDataset, check_images
@@ -17,7 +15,6 @@ from mistral_ft.model import load_base
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
-from mistral_ft.run_folder import ADAPTER_WEIGHTS
 
 MAX_NEW_TOKENS = 300  # as predict's default
 
@@ -78,8 +75,7 @@ class MergeComparer:
         Raises:
             UserError: if peft does not load the adapter as it is in its file.
         """
-        unmerged = PeftModel.from_pretrained(load_base(self.base, device), self.adapter.folder)
-        self._check_loaded(unmerged)
+        unmerged = self.adapter.put_on(load_base(self.base, device))
         first = self._answer(unmerged, device, "answering, unmerged")
         del unmerged
         second = self._answer(load_base(merged, device), device, "answering, merged")
@@ -113,13 +109,3 @@ class MergeComparer:
             progress.update()
         progress.close()
         return answers
-
-    def _check_loaded(self, model: PeftModel) -> None:
-        """peft passes over tensors whose names it does not know, which would compare the base."""
-        path = self.adapter.folder / ADAPTER_WEIGHTS
-        loaded, stored = get_peft_model_state_dict(model), load_file(path)
-        same = loaded.keys() == stored.keys() and all(
-            torch.equal(loaded[key].float().cpu(), stored[key].float()) for key in stored
-        )
-        if not same:
-            raise UserError(f"{path}: peft does not load this adapter as it is, so there is nothing to compare with")

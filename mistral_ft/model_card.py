@@ -102,6 +102,8 @@ def _training(adapter: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     kind = "DoRA" if adapter.get("use_dora") else "rank-stabilised LoRA" if adapter.get("use_rslora") else "LoRA"
     rows["adapter"] = f"{kind}, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
     settings = run.get("settings", {})
+    if settings.get("model", {}).get("load_in_4bit"):
+        rows["base while training"] = "text layers rounded to 4 bits (QLoRA, NF4)"
     given = {**settings.get("lora", {}), **settings.get("training", {})}
     rows |= {name: given[name] for name in SHOWN_SETTINGS if name in given}
     if "versions" in run:

@@ -349,7 +349,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def is_sentencepiece(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer is one of the SentencePiece models up to Mistral-7B v0.3, which know bytes as a last resort."""
+    """Whether a tokenizer is one of SentencePiece's, as up to Mistral-7B v0.3: they fall back on bytes."""
     return bool(getattr(tokenizer.model, "byte_fallback", False))
 
 

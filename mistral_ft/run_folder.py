@@ -103,7 +103,7 @@ class Run:
         written, now = read_run(folder), _describe(settings)
         changed = [
             name
-            for part in ("base_model", "data", "images_dir", "lora", "speed", "training")
+            for part in ("base_model", "load_in_4bit", "data", "images_dir", "lora", "speed", "training")
             for name in _differences(part, written.get("resume", {}).get(part), now[part])
         ]
         if changed:
@@ -156,6 +156,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
     training = _json(settings["training"].given)
     return {
         "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
+        "load_in_4bit": settings["model"].load_in_4bit or None,  # as in run.json files from before there was the flag
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
         "lora": _json(changed_fields(settings["lora"])),
