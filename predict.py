@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.pages import limit_pixels
 from mistral_ft.records import MAX_NEW_TOKENS, read_records
 
 
@@ -23,6 +24,7 @@ def parse_arguments():
     parser.add_argument("model", help="adapter folder (output/<name>), merged model folder, or hub id")
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
+    parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
     parser.add_argument(
         "--max_new_tokens",
         type=int,
@@ -73,6 +75,7 @@ def default_name(model: str) -> str:
 def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
+    limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
     if text := next((record for record in records if record.text is not None), None):
         raise UserError(f"{text.path}:{text.line}: plain text asks nothing, so there is nothing to answer")
@@ -100,6 +103,7 @@ def main() -> int:
     settings = {
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
+        "max_image_pixels": args.max_image_pixels,
         "model": folders.fingerprint(),
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,

@@ -2,7 +2,7 @@
 
     python -m reformat_data alpaca.json records.jsonl [--split 0.9] [--where FIELD=VALUE] [--limit N]
 
-IN is JSONL or one JSON array: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
+IN is whatever train reads: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
 Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
 and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
 converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,10 +20,12 @@ from typing import Any
 
 from mistral_ft.embedded_images import ImageFolder
 from mistral_ft.errors import ArgumentParser, RecordError, UserError, run_step
-from mistral_ft.files import atomic_write, check_target, sha256_file
+from mistral_ft.files import atomic_write, check_target
 from mistral_ft.formats import FORMATS, convert, possible_formats
+from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import check_record, image_blocks
+from mistral_ft.references import resolve
 from mistral_ft.rows import count_rows, data_files, read_objects
 from mistral_ft.splitting import Splitter
 
@@ -34,7 +35,9 @@ LINES_SHOWN = 5  # of the rows left out for one reason
 
 def parse_arguments():
     parser = ArgumentParser(prog="python -m reformat_data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input", metavar="IN", type=Path, help="JSONL file, or one JSON array")
+    parser.add_argument(
+        "input", metavar="IN", type=Path, help="JSONL, one JSON array, parquet, a folder or hub id of `datasets`"
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="JSONL file of records to write")
     parser.add_argument(
         "--format", choices=("auto", *FORMATS), default="auto", help="of IN (default: by its first rows)"
@@ -132,19 +135,22 @@ def check_format(path: Path, line: int, possible: list[str], form: str) -> None:
         )
 
 
-def page_keys(record: dict[str, Any], images: list[Path], hashes: dict[Path, str]) -> list[str]:
+def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str]) -> list[str]:
     """What makes a record show the same page as another: its images' contents, without images its messages.
 
     Raises:
-        ValueError: if an image does not exist.
+        ValueError: if an image cannot be read.
     """
     for image in images:
         if image not in hashes:
-            if not os.path.isfile(image):
-                raise ValueError(f"image {image} does not exist, and --split compares the pages")
-            hashes[image] = sha256_file(image)
+            try:
+                hashes[image] = fingerprint(image)
+            except FileNotFoundError:
+                raise ValueError(f"image {image} does not exist, and --split compares the pages") from None
+            except OSError as error:
+                raise ValueError(f"image {image} cannot be read: {error.strerror}") from None
     return [hashes[image] for image in images] or [
-        hashlib.sha256(json.dumps(record["messages"], sort_keys=True).encode()).hexdigest()
+        hashlib.sha256(json.dumps(record.get("messages", record.get("text")), sort_keys=True).encode()).hexdigest()
     ]
 
 
@@ -254,11 +260,11 @@ def main() -> None:
             try:
                 record, left_out = convert(row, form, args.columns)
                 record = {"id": f"{args.input.stem}-{line}"} | record
-                taken = embedded.take(record["messages"])
+                taken = embedded.take(record.get("messages", []))
                 check_record(record)
-                images = image_blocks(record["messages"])
+                images = image_blocks(record.get("messages", []))
                 if split:
-                    paths = [(output_dir if image in taken else images_dir) / image for image in images]
+                    paths = [resolve(image, output_dir if image in taken else images_dir) for image in images]
                     splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))
             except ValueError as error:
                 dropped.add(str(error), line)

@@ -18,6 +18,7 @@ def parse_arguments():
     parser = ArgumentParser(prog="python -m server", description=__doc__.split("\n\n")[0])
     parser.add_argument("file", help="JSONL file of records, with `actual` or without")
     parser.add_argument("-i", "--images_dir", help="folder that image paths are relative to (default: the file's own)")
+    parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
     parser.add_argument("-p", "--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument(
@@ -98,6 +99,7 @@ def main() -> None:
     # 4. The files, and the log of the review.
     import uvicorn
 
+    from mistral_ft.pages import limit_pixels
     from mistral_ft.review_app import ReviewApp
     from mistral_ft.review_desk import Desk
     from mistral_ft.review_tokens import TokenView, find_run
@@ -106,6 +108,7 @@ def main() -> None:
     other = check_input(args.compare) if args.compare else None
     if other and other.resolve() == path.resolve():
         raise UserError(f"--compare {other}: is the file itself")
+    limit_pixels(args.max_image_pixels)
     listening = listen(args.host, args.port)
     port = listening.getsockname()[1]
     log = ReviewLog(path)

@@ -21,6 +21,7 @@ from mistral_ft.arguments import (
     TrainParser,
 )
 from mistral_ft.errors import UserError, run_step
+from mistral_ft.pages import limit_pixels
 from mistral_ft.records import read_records
 
 
@@ -42,6 +43,8 @@ def main() -> None:
         raise UserError("; ".join(problems))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("training runs in one process, on one GPU: start it with python -m train, without torchrun")
+
+    limit_pixels(data_args.max_image_pixels)
 
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)

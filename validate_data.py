@@ -23,6 +23,7 @@ def parse_arguments():
         "--eval", nargs="+", default=[], metavar="FILE", help="records to predict, which training must not have seen"
     )
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: each file's own)")
+    parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
     parser.add_argument("--model_id", help="model to train, a hub id or a folder: count tokens as it does")
     parser.add_argument("--max_seq_length", type=int, help="tokens a record may have, with --model_id (default: 32768)")
     parser.add_argument("--write_clean", metavar="FILE", help="write the rows of FILE… that are not fatal to FILE")
@@ -55,11 +56,13 @@ def main() -> int | None:
     args = parse_arguments()
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
+    from mistral_ft.pages import limit_pixels
     from mistral_ft.progress import Progress
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.records import find_images_dir
     from mistral_ft.validation import Source, Tally, check_files, describe, mark_trained
 
+    limit_pixels(args.max_image_pixels)
     sources = [
         Source(Path(path), find_images_dir(path, args.images_dir), is_eval)
         for is_eval, paths in ((False, args.files), (True, args.eval))

@@ -22,9 +22,9 @@ from bench.train_speed import matmul_peak
 from mistral_ft.arguments import LoraArguments
 from mistral_ft.data import RecordDataset
 from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-from mistral_ft.images import open_image
 from mistral_ft.lora import add_adapter
 from mistral_ft.model import load_base, pick_device
+from mistral_ft.pages import open_image, page_size
 from mistral_ft.records import read_records
 from mistral_ft.run_folder import Run
 
@@ -59,7 +59,7 @@ def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> fl
     device, inputs = model.device, []
     for number in range(count + 1):
         example, paths = dataset[number], dataset.records[number].image_paths
-        pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path))) for path in paths]
+        pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path, dataset.fitter))) for path in paths]
         inputs.append(
             {
                 "input_ids": torch.tensor([example["input_ids"]], device=device),
@@ -137,7 +137,8 @@ def main() -> None:
     text, vision = core.language_model.layers, core.vision_tower.transformer.layers
     n = sum(p.numel() for p in text.parameters())
     patches = [
-        4 * sum(r * c for r, c in [fitter.grid(*open_image(p).size) for p in record.image_paths]) for record in records
+        4 * sum(r * c for r, c in [fitter.grid(*page_size(p, fitter)) for p in record.image_paths])
+        for record in records
     ]
     width = core.config.vision_config.hidden_size
     tower = sum(2 * sum(p.numel() for p in vision.parameters()) * k + 4 * k * k * width * len(vision) for k in patches)

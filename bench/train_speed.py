@@ -25,9 +25,10 @@ import torch
 
 from mistral_ft.arguments import LoraArguments
 from mistral_ft.data import RecordDataset
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import ImageFitter
 from mistral_ft.lora import add_adapter
 from mistral_ft.model import load_base, pick_device
+from mistral_ft.pages import open_image
 from mistral_ft.preflight import take_over_layers
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
@@ -72,7 +73,8 @@ class UsualRecipe:
 
     def inputs(self, number: int) -> dict[str, torch.Tensor]:
         example = self.dataset[number]
-        pages = [torch.from_numpy(self.fitter.pixels(open_image(p))) for p in self.dataset.records[number].image_paths]
+        paths = self.dataset.records[number].image_paths
+        pages = [torch.from_numpy(self.fitter.pixels(open_image(path, self.fitter))) for path in paths]
         batch = {
             "input_ids": torch.tensor([example["input_ids"]]),
             "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64),

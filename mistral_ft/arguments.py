@@ -66,6 +66,7 @@ class DataArguments:
         metadata={"help": "JSONL file of records with `expected`; several are trained as one."},
     )
     images_dir: str | None = _field(None, "Folder that image paths are relative to (default: the JSONL file's own).")
+    max_image_pixels: int | None = _field(None, "Pixels an image may have (default: 178 million); more are refused.")
     max_seq_length: int = _field(32768, "Tokens a record may have, image tokens included; longer ones are refused.")
 
 

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mistral_ft.errors import RecordError, raise_all
-from mistral_ft.images import TEXT_ONLY, ImageFitter, open_image, to_patches
+from mistral_ft.images import TEXT_ONLY, ImageFitter, to_patches
+from mistral_ft.pages import open_image
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import Record
@@ -38,7 +38,7 @@ class RecordDataset:
         """Raises RecordError if an image of the record cannot be opened."""
         record = self.records[index]
         try:
-            images = [open_image(path) for path in record.image_paths]
+            images = [open_image(path, self.fitter) for path in record.image_paths]
             grids = [self.fitter.grid(*image.size) for image in images]
         except ValueError as error:
             raise record.error(str(error)) from None
@@ -83,9 +83,9 @@ def measure_records(
     """
     check_images(records, fitter)
 
-    def grid(path: Path) -> tuple[int, int] | str:
+    def grid(path: str) -> tuple[int, int] | str:
         try:
-            return fitter.grid(*open_image(path).size)
+            return fitter.grid(*open_image(path, fitter).size)
         except ValueError as error:
             return str(error)
 

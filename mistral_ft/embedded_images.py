@@ -1,7 +1,5 @@
 """Images that a row carries within itself (data: URLs) or names by file: URL become files in a folder."""
 
-import base64
-import binascii
 import hashlib
 import io
 import os
@@ -13,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from mistral_ft.files import atomic_write
+from mistral_ft.pages import decode_data_url
 
 URL = re.compile(r"(data|file|https?):", re.IGNORECASE)
 
@@ -88,13 +87,10 @@ def _load(url: str) -> tuple[bytes, str]:
 
 
 def _decode(url: str) -> bytes:
-    head, _, text = url.partition(",")
-    if not head.lower().endswith(";base64"):
-        raise ValueError(f"{url[:40]}… is no base64 data URL (data:image/png;base64,…)")
     try:
-        return base64.b64decode(re.sub(r"\s", "", unquote(text)), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"{url[:40]}… is no valid base64: is it cut off?") from None
+        return decode_data_url(url)
+    except ValueError as error:
+        raise ValueError(f"image {url[:40]}… cannot be read: {error}") from None
 
 
 def _read(url: str) -> bytes:

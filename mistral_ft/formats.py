@@ -2,7 +2,7 @@
 
 | format   | a row                                                                          |
 |----------|--------------------------------------------------------------------------------|
-| native   | {"messages": [...], "expected": ...}, as mistral_ft/records.py checks it        |
+| native   | {"messages": [...], "expected": ...} or {"text": ...}, as records.py checks it   |
 | alpaca   | {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer]]} |
 | sharegpt | {"conversations": [{"from": "human" or "gpt", "value"}, ...], "system"?}         |
 | llava    | sharegpt with "image" or "images", shown where the text says <image>            |
@@ -50,8 +50,8 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
         return ["alpaca"]
     if any(prompt in row and answer in row for prompt, answer in COLUMNS):
         return ["columns"]
-    if isinstance(row.get("text"), str) and TURN.match(SYSTEM_PROMPT.sub("", row["text"], count=1)):
-        return ["inst"]
+    if isinstance(row.get("text"), str):
+        return ["inst" if TURN.match(SYSTEM_PROMPT.sub("", row["text"], count=1)) else "native"]
     return []
 
 
@@ -76,7 +76,7 @@ def as_record(row: Row) -> Row:
     form = next(iter(possible_formats(row)), None)
     if form in DIRECT:
         row, _ = convert(row, form)
-    if form == "native" and ("images" in row or "image" in row):
+    if form == "native" and "messages" in row and ("images" in row or "image" in row):
         row = row | {"messages": _fill_images(row)}
     if isinstance(row.get("tools"), str):
         try:
@@ -119,9 +119,13 @@ def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple
     Raises:
         ValueError: why it is no row of this format, in one line.
     """
-    messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
+    if form == "native" and "messages" not in row:
+        messages, expected, used = None, None, set()  # plain text
+    else:
+        messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
     record = {"id": row["id"]} if row.get("id") is not None else {}
-    record["messages"] = messages
+    if messages is not None:
+        record["messages"] = messages
     if expected is not None:
         record["expected"] = expected
     others = {name: value for name, value in row.items() if name not in used and name != "id"}

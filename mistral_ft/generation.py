@@ -21,7 +21,7 @@ from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache,
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
-from mistral_ft.images import ImageFitter, page_size
+from mistral_ft.images import ImageFitter
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.layers import Seeds
 from mistral_ft.lora import TEXT_LAYERS, Adapter
@@ -33,6 +33,7 @@ from mistral_ft.model import (
     limit_gib,
     load_base,
 )
+from mistral_ft.pages import page_size
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
 from mistral_ft.records import Record
@@ -139,7 +140,7 @@ def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: Imag
 
     def length(record: Record) -> int:
         try:
-            grids = [fitter.grid(*page_size(path)) for path in record.image_paths]
+            grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
         except ValueError:
             return 0  # the row will get an error when its turn comes
         try:

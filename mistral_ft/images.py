@@ -1,19 +1,17 @@
-"""Pages: one way to open an image and one way to turn it into the numbers the model was trained on.
+"""Images: the one way to turn a page into the numbers the model was trained on (`pages.py` opens it).
 
 The fit and the numbers are those of transformers' Pixtral image processor, without torchvision: a page is shrunk to
 fit into `longest_edge`, then stretched to whole cells of `cell_size` pixels (patch size 14 x merge size 2), so that one
 cell is one image token.
 """
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
@@ -105,73 +103,3 @@ def to_patches(pixels: np.ndarray, patch_size: int, cell_size: int) -> np.ndarra
     _, height, width = pixels.shape
     cut = pixels.reshape(3, height // cell_size, merge, patch_size, width // cell_size, merge, patch_size)
     return np.ascontiguousarray(cut.transpose(1, 4, 2, 5, 0, 3, 6)).reshape(-1, 3 * patch_size**2)
-
-
-def open_image(path: str | os.PathLike, frame: int = 0) -> Image.Image:
-    """Open, decode and turn upright one page, as RGB. Transparency becomes white paper.
-
-    Args:
-        frame: which page of a file that has several, such as a TIFF.
-
-    Raises:
-        ValueError: why it cannot be opened, in one line.
-    """
-    with opened(path) as image:
-        image.seek(frame)
-        image.load()
-        # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
-        return to_rgb(image)
-
-
-def page_size(path: str | os.PathLike) -> tuple[int, int]:
-    """The (width, height) in pixels that `open_image` would give, from the file's header.
-
-    Raises:
-        ValueError: why it cannot be opened, in one line.
-    """
-    with opened(path) as image:
-        # Pillow gives a TIFF's size upright.
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-
-
-@contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Open a file with Pillow, its header read, its pixels not yet; what goes wrong becomes one line.
-
-    Raises:
-        ValueError: why it cannot be opened.
-    """
-    name = str(path) if len(str(path)) < 300 else f"{str(path)[:300]}…"
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
-        # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.
-        with open(path, "rb") as file, Image.open(file) as image:
-            yield image
-    except FileNotFoundError:
-        raise ValueError(f"image {name} does not exist") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"image {name} has more than {limit} million pixels; scale it down") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"image {name} cannot be opened: no image format that Pillow knows") from None
-    except Exception as error:  # a damaged file makes Pillow's readers raise anything, RuntimeError and IndexError too
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
-        raise ValueError(f"image {name} cannot be opened: {reason}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB: alpha on white, and 16-bit, 32-bit and float greys scaled to 8 bits instead of clipped."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        # Files do not store their full scale: take the smallest usual one that holds the brightest value.
-        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
-        full_scale = next((scale for scale in usual if values.max() <= scale), values.max())
-        image = Image.fromarray((values.clip(0) * (255 / full_scale)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")

@@ -24,6 +24,7 @@ from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
 from mistral_ft.prompt_versions import VERSIONS, PromptVersion, find_version
 from mistral_ft.records import Record
+from mistral_ft.references import expand_pages
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
 
@@ -120,7 +121,7 @@ class PromptEncoder:
 
         Args:
             messages: as in a checked record. Messages of the assistant with a `weight` other than 0 are learned.
-            grids: (rows, columns) of image tokens, one per image in the order of the messages.
+            grids: (rows, columns) of image tokens, one per page in the order of the messages.
             expected: the answer to learn, a last message of the assistant.
             tools: JSON schemas of the functions the model may call.
 
@@ -134,7 +135,7 @@ class PromptEncoder:
         control, version, grids = self.control, self.version, iter(grids)
         if expected is not None:
             messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
-        merged, system = self._arrange(merge_messages(messages))
+        merged, system = self._arrange(merge_messages(expand_pages(messages)))
         users = [k for k, message in enumerate(merged) if message["role"] == "user"]
         places = {"first": users[0], "last": users[-1]}
         if tools and not version.tools:

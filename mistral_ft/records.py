@@ -2,9 +2,10 @@
 
     {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, "tools"?: [...]}
 
-A block is {"type": "text", "text": str} or {"type": "image", "image": PATH}. Without `expected` the last messages may
-be the assistant's: then all of the assistant's messages are learned, but for those with `weight` 0. In records with
-`expected` it is learned alone, and those of the assistant's messages whose `weight` is 1.
+A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them.
+Without `expected` the last messages may be the assistant's: then all of the assistant's messages are learned, but for
+those with `weight` 0. In records with `expected` it is learned alone, and those of the assistant's messages whose
+`weight` is 1.
 
 A row may also be {"text": str}, plain text that is learned whole; or what `formats.DIRECT` names, which becomes a
 record when it is read. Fields that are not named here are the user's and travel through predict untouched.
@@ -12,7 +13,6 @@ record when it is read. Fields that are not named here are the user's and travel
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import Any
 from mistral_ft.conversation import answer_start, answer_text, merge_messages, with_weights
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.formats import DIRECT, as_record, possible_formats
+from mistral_ft.references import check_reference, expand_pages, resolve
 from mistral_ft.rows import is_table, kind_of, read_objects
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,13 +88,23 @@ class Record:
         return self.data | {"messages": with_weights(self.messages, default=1), "expected": self.expected}
 
     @property
-    def image_paths(self) -> list[Path]:
-        """Every image of the record, in the order in which the prompt shows them."""
-        return [self.images_dir / image for image in image_blocks(self.messages)]
+    def image_paths(self) -> list[str]:
+        """A reference to every image of the record, one per page, in the order in which the prompt shows them."""
+        return [resolve(image, self.images_dir) for image in image_blocks(self.messages)]
 
     def error(self, reason: str) -> RecordError:
         """A `RecordError` that names this record."""
         return RecordError(self.path, self.line, reason)
+
+
+def as_predicted(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that predict may have seen as it would have written it; a row that is no record as it is."""
+    try:
+        data = as_record(row)
+        check_record(data)
+    except ValueError:
+        return row
+    return Record(Path(), 0, data, Path()).row
 
 
 def read_records(
@@ -153,10 +164,10 @@ def how_to_convert(path: Path, data: dict[str, Any]) -> str:
 
 
 def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
-    """Every image path in checked messages, as the user wrote it, in order."""
+    """Every image in checked messages, as the user wrote it but one reference per page, in order."""
     return [
         block["image"]
-        for message in messages
+        for message in expand_pages(messages)
         if isinstance(message.get("content"), list)
         for block in message["content"]
         if block["type"] == "image"
@@ -273,7 +284,6 @@ def _check_block(block: Any, role: str) -> None:
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
         if not isinstance(block.get("image"), str) or not block["image"]:
             raise ValueError(f"`image` must be the path of an image file, got {kind_of(block.get('image'))}")
-        if re.match(r"(data|https?):", block["image"]):
-            raise ValueError(f"`image` must be the path of a file; save {block['image'][:30]}… as one")
+        check_reference(block["image"])
     else:
         raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")

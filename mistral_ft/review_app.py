@@ -27,13 +27,15 @@ from starlette.staticfiles import StaticFiles
 from mistral_ft.confidence import confidence_of
 from mistral_ft.metrics import answer_of, fields_of, grade
 from mistral_ft.mistakes import KINDS
+from mistral_ft.pages import page_sizes
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.records import check_record
+from mistral_ft.references import check_reference, expand, is_data_url
 from mistral_ft.review_desk import SHOWN, SORTS, Desk, Query, run_jobs
 from mistral_ft.review_diff import diff
 from mistral_ft.review_export import export
 from mistral_ft.review_index import COMPUTED, EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED
-from mistral_ft.review_pages import find_page, page_sizes, render_page
+from mistral_ft.review_pages import MOST_PAGES, find_page, render_page
 from mistral_ft.review_scores import score_rows
 from mistral_ft.review_tokens import TokenView
 from mistral_ft.reviews import Outdated, Review
@@ -187,9 +189,9 @@ class ReviewApp:
 
         def describe(name: str) -> dict[str, Any]:
             try:
-                return {"name": name[:300], "pages": page_sizes(find_page(self.images_dir, name))}
+                return {"name": label(name), "pages": page_sizes(find_page(self.images_dir, name), MOST_PAGES)}
             except ValueError as error:
-                return {"name": name[:300], "error": str(error)}
+                return {"name": label(name), "error": str(error)}
 
         return JSONResponse({"images": [await asyncio.to_thread(describe, name) for name in names]})
 
@@ -199,8 +201,8 @@ class ReviewApp:
         number, page = int_of(request, "image", 0), int_of(request, "page", 0)
         if number >= len(names):
             raise HTTPException(404, "the row has no such image")
-        path = find_page(self.images_dir, names[number])
-        data, kind = await anyio.to_thread.run_sync(render_page, path, page, limiter=self.decoding)
+        reference = find_page(self.images_dir, names[number])
+        data, kind = await anyio.to_thread.run_sync(render_page, reference, page, limiter=self.decoding)
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=300"})
 
     async def token_view(self, request: Request) -> Response:
@@ -310,7 +312,7 @@ class ReviewApp:
             "line": int(desk.index.rows["line"][row]),
             "id": text_of(data.get("id")), **self._state(row), "review": asdict(review),
             "messages": [shown_message(message) for message in listed(data.get("messages"))],
-            "images": [name[:300] for name in image_names(data)],
+            "images": [label(name) for name in image_names(data)],
             "expected": shown(expected), "source_expected": shown(source.get("expected")),
             # What is shown in part, or is no text, cannot be edited here.
             "editable": expected is None or (isinstance(expected, str) and len(expected) <= LONGEST_SHOWN),
@@ -403,25 +405,41 @@ def listed(value: Any) -> list:
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
-    """Every image of a record that may be malformed."""
+    """Every image of a record that may be malformed, one per page."""
     return [
-        text_of(block.get("image")) or ""
+        name
         for message in listed(row.get("messages"))
         if isinstance(message, dict)
         for block in listed(message.get("content"))
         if isinstance(block, dict) and block.get("type") == "image"
+        for name in pages_of(text_of(block.get("image")) or "")
     ]
 
 
+def pages_of(reference: str) -> list[str]:
+    """A reference as one per page; as it stands where it is none."""
+    try:
+        check_reference(reference)
+    except ValueError:
+        return [reference]
+    return expand(reference)
+
+
+def label(reference: str) -> str:
+    """What the page calls an image."""
+    return "image within the record" if is_data_url(reference) else reference[:300]
+
+
 def shown_message(message: Any) -> dict[str, Any]:
-    """A message for the page: its role and its blocks, (kind, text); an image's text is its path."""
+    """A message for the page: its role and its blocks, (kind, text); an image's text is its name."""
     if not isinstance(message, dict):
         return {"role": "?", "blocks": [("other", shown(message))]}
     content, blocks = message.get("content"), []
     for block in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind in ("text", "image"):
-            blocks.append((kind, shown(block.get(kind)) or ""))
+            text = shown(block.get(kind)) or ""
+            blocks.append((kind, label(text) if kind == "image" else text))
         else:
             blocks.append(("other", shown(block)))
     rest = {name: value for name, value in message.items() if name not in ("role", "content")}

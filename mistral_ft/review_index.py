@@ -23,6 +23,8 @@ from mistral_ft.confidence import confidence_of
 from mistral_ft.metrics import answer_of, fold, grade
 from mistral_ft.mistakes import kind_of
 from mistral_ft.predictions import PREDICTED
+from mistral_ft.records import as_predicted
+from mistral_ft.references import is_data_url
 from mistral_ft.rows import parse_line
 from mistral_ft.scoring import MOST_SLICES, NO_VALUE, Options, slice_of, stable_hash
 
@@ -241,7 +243,7 @@ def searchable(row: dict[str, Any]) -> str:
 
 def _collect(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
-        texts.append(value)
+        texts += [] if is_data_url(value) else [value]
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in ("role", "type"):
@@ -346,7 +348,7 @@ class RowIndex:
         return range(start, self.count)
 
     def read(self, row: int) -> dict[str, Any]:
-        """A row as it stands in the file.
+        """A row as predict writes it: question and answer of a chat apart, columns as messages; as it stands if bad.
 
         Raises:
             ValueError: if the file was changed under the index.
@@ -357,7 +359,7 @@ class RowIndex:
         data = (data or {}).get("row") if self.unfinished else data
         if not isinstance(data, dict) or key_of(data)[1] != entry["identity"]:
             raise ValueError(f"{self.path}: was changed while it was open")
-        return data
+        return as_predicted(data)
 
     def name_of(self, row: int) -> str:
         """A name of a row that stays the same while the file is written, finished and sorted.

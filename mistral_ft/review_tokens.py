@@ -7,7 +7,7 @@ from typing import Any
 
 from mistral_ft.errors import UserError
 from mistral_ft.formats import as_record
-from mistral_ft.images import page_size
+from mistral_ft.pages import page_size
 from mistral_ft.prompt import encode_record
 from mistral_ft.records import Record, check_record, image_blocks
 from mistral_ft.review_pages import find_page
@@ -42,7 +42,7 @@ class TokenView:
         row = as_record(row)
         check_record(row)
         record = Record(Path(), 1, row, images_dir)
-        sizes = [page_size(find_page(images_dir, name)) for name in image_blocks(record.conversation)]
+        sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(record.messages)]
         grids = [fitter.grid(*size) for size in sizes]
         ids, labels = encode_record(encoder, record, grids, with_answer=True)
         control = vars(encoder.control)

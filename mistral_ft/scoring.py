@@ -327,14 +327,15 @@ def slice_of(row: dict[str, Any], options: Options) -> str:
 
 
 def _page_size(row: dict[str, Any], images_dir: Path) -> str:
-    from mistral_ft.images import page_size
+    from mistral_ft.pages import page_size
+    from mistral_ft.references import resolve
 
     try:
         check_record(row)
         images = image_blocks(row["messages"])
         if not images:
             return "no page"
-        width, height = page_size(images_dir / images[0])
+        width, height = page_size(resolve(images[0], images_dir))
     except ValueError:
         return "page cannot be opened"
     return _bucket(width * height / 1e6, MEGAPIXELS, "megapixels")

@@ -2,44 +2,44 @@
 
 `datasets` keeps a table in its cache as Arrow files that are mapped into memory, so that a row is there at once and
 a set may be larger than RAM. An image in a row, bytes or path, becomes the reference `<source>#row=12&column=image`
-(`&item=0` where the column holds lists), counted from 0, which `read_image` resolves.
+(`&item=0` where the column holds lists), counted from 0, which `pages.py` opens.
 """
 
+import glob
+import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 
 from mistral_ft.errors import UserError
+from mistral_ft.references import IN_TABLE
 
-REFERENCE = re.compile(r"(?P<source>.+)#row=(?P<row>\d+)&column=(?P<column>[^&]+?)(?:&item=(?P<item>\d+))?")
 ROWS_AT_ONCE = 64
 
 
 @lru_cache(8)
-def open_table(source: str):
+def open_table(source: str) -> datasets.Dataset:
     """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
 
     Raises:
         UserError: if it cannot be read, in one line.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: reading tables needs the package datasets: pip install datasets") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
     try:
         if Path(path).is_file():
-            found = datasets.Dataset.from_parquet(path)
+            found = datasets.Dataset.from_parquet(glob.escape(path))
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:
@@ -83,26 +83,31 @@ def read_table(source: str, images_dir: Path) -> Iterator[tuple[int, bytes]]:
         start += batch.num_rows
 
 
-def read_image(reference: str) -> bytes | str:
-    """The bytes of an image in a table, or the path that stands there instead.
+def open_image_bytes(reference: str) -> IO[bytes]:
+    """The bytes of an image in a table; where it has a path, of that file, which must be below the table's folder.
 
     Raises:
-        ValueError: if there is no such image, in one line.
+        ValueError: if there is no such image, in one line; OSError: if the file cannot be read.
     """
-    place = REFERENCE.fullmatch(reference)
+    place = IN_TABLE.fullmatch(reference)
     try:
-        row, column, item = int(place["row"]), place["column"], place["item"]
-        value = open_table(place["source"])[row][column][0].as_py()
-        value = value if item is None else value[int(item)]
+        value = open_table(place["table"])[int(place["row"])][place["column"]][0].as_py()
+        value = value if place["item"] is None else value[int(place["item"])]
     except UserError as error:
         raise ValueError(str(error)) from None
     except (IndexError, KeyError, TypeError):
-        raise ValueError(f"image {reference} does not exist") from None
+        raise ValueError("the table has no such image") from None
     if isinstance(value, dict):
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if value is None:
-        raise ValueError(f"image {reference} is empty")
-    return value
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    if not isinstance(value, str):
+        raise ValueError("the table has nothing there")
+    folder = Path(place["table"]).parent.resolve()
+    path = (folder / value).resolve()
+    if not path.is_relative_to(folder):
+        raise ValueError(f"the table has the path {value[:200]} there, which is not below its folder")
+    return open(path, "rb")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import sha256_file
 from mistral_ft.formats import as_record
-from mistral_ft.images import TEXT_ONLY, ImageFitter, open_image
+from mistral_ft.images import TEXT_ONLY, ImageFitter
+from mistral_ft.pages import fingerprint, open_image, page_size
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
+from mistral_ft.references import is_data_url, resolve, split_page
 from mistral_ft.rows import count_rows, parse_line, read_rows
 
 CHUNK = 16  # lines that a worker gets at a time
@@ -82,7 +83,7 @@ class Source(NamedTuple):
 
 
 class Page(NamedTuple):
-    """An image of a row: 64 bits of its file's SHA-256, and its size in pixels."""
+    """An image of a row: 64 bits of its fingerprint, and its size in pixels."""
 
     key: int
     width: int
@@ -114,7 +115,7 @@ class RowChecker:
     ):
         self.encoder, self.fitter, self.max_seq_length = encoder, fitter, max_seq_length
         # Rows that ask about the same page mostly stand together.
-        self._open = functools.lru_cache(1024)(_open_page)
+        self._open = functools.lru_cache(1024)(self._open_page)
 
     @classmethod
     def from_folder(cls, folder: Path, max_seq_length: int) -> "RowChecker":
@@ -178,12 +179,14 @@ class RowChecker:
 
     def _check_page(self, name: str, folder: Path) -> tuple[list[Problem], Page | None]:
         problems = []
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        path = Path(split_page(name)[0])
+        if not is_data_url(name) and (path.is_absolute() or ".." in path.parts):
             problems.append(Problem(OUTSIDE, f"image {name} is not below {folder}: copy it there, to keep data in one"))
-        page = self._open(folder / name)
+        # Images within the rows come once, and would fill the memory.
+        page = (self._open_page if is_data_url(name) else self._open)(resolve(name, folder))
         if isinstance(page, str):
             return [*problems, Problem(IMAGE, page)], None
-        size = f"image {name} of {page.width} × {page.height} px"
+        size = f"image {name[:200]} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
             problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution"))
         if self.fitter:
@@ -195,6 +198,16 @@ class RowChecker:
             if factor > MOST_SHRUNK:
                 problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts"))
         return problems, page
+
+    def _open_page(self, reference: str) -> Page | str:
+        """The page, opened and decoded as train does; or why that cannot be done."""
+        try:
+            open_image(reference, self.fitter)
+            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter))
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            return f"image {reference} cannot be opened: {error.strerror}"
 
     def _check_tokens(self, record: Record, grids: list[tuple[int, int]]) -> tuple[list[Problem], tuple[int, int, int]]:
         problems = []
@@ -239,17 +252,6 @@ def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
         return isinstance(json.loads(expected), dict), []
     except (ValueError, RecursionError) as error:
         return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
-
-
-def _open_page(path: Path) -> Page | str:
-    """The page, opened and decoded as train does; or why that cannot be done."""
-    try:
-        image = open_image(path)
-        return Page(int(sha256_file(path)[:16], 16), *image.size)
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"image {path} cannot be opened: {error.strerror}"
 
 
 def _key(text: str) -> int:
@@ -471,7 +473,7 @@ def _seen(keys: np.ndarray, rows: np.ndarray, is_eval: np.ndarray) -> dict[int, 
 def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source: Source) -> str:
     """A good row as the model reads it, each trained token between ⟦ and ⟧, each image as [IMG]×tokens."""
     record = Record(source.path, 1, as_record(parse_line(raw, first=True)), source.images_dir)
-    grids = [fitter.grid(*open_image(path).size) for path in record.image_paths]
+    grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
     ids, labels = encode_record(encoder, record, grids, with_answer=True)
     control = vars(encoder.control)
     image_ids = {control["image"], control["image_break"], control["image_end"]}

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mistral_ft.data import RecordDataset, TrainingCollator
 from mistral_ft.decoding import GreedyDecoder
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import ImageFitter
 from mistral_ft.model import load_base
+from mistral_ft.pages import open_image
 from mistral_ft.preflight import take_over_layers
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records

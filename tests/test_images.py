@@ -9,7 +9,8 @@ from PIL import ExifTags, Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from mistral_ft.errors import UserError
-from mistral_ft.images import ImageFitter, open_image, page_size, to_rgb
+from mistral_ft.images import ImageFitter
+from mistral_ft.pages import open_image, page_size, to_rgb
 from tests.conftest import TINY
 
 
@@ -137,7 +138,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         ("folder.png", "cannot be opened: it is no file"),
         ("pipe.png", "cannot be opened: it is no file"),
         ("n" * 300 + ".png", "cannot be opened: File name too long"),
-        ("text.png", "cannot be opened: no image format that Pillow knows"),
+        ("text.png", "cannot be opened: no PDF, and no image format that Pillow knows"),
         ("half.png", "cannot be opened: .*truncated"),
     ]:
         for read in (open_image, page_size) if name != "half.png" else (open_image,):

@@ -11,8 +11,9 @@ from transformers import Mistral3ForConditionalGeneration
 from mistral_ft import model as model_module
 from mistral_ft.data import PromptCollator, RecordDataset
 from mistral_ft.errors import UserError
-from mistral_ft.images import ImageFitter, open_image, to_patches
+from mistral_ft.images import ImageFitter, to_patches
 from mistral_ft.model import load_base, patch_positions, pick_device
+from mistral_ft.pages import open_image
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
 from tests.conftest import TINY

@@ -98,9 +98,13 @@ FAULTS = {
         "holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text",
     ),
     "nested too deeply": ('{"x": ' + "[" * 100_000, "nested too deeply to be read"),
-    "data URL": (
-        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,AAAA"}]}]}',
-        "message 1: block 1: `image` must be the path of a file; save data:image/png;base64,AAAA… as one",
+    "data URL that is not base64": (
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/png,AAAA"}]}]}',
+        "message 1: block 1: `image` is no base64 data URL (data:image/png;base64,…): data:image/png,AAAA",
+    ),
+    "pages from last to first": (
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.pdf#page=4-1"}]}]}',
+        "message 1: block 1: `image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not 'a.pdf#page=4-1'",
     ),
     "tools of the wrong type": (
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "tools": "x"}',
@@ -195,8 +199,8 @@ def test_records_keep_what_the_user_wrote(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(data).encode())
     (record,) = read_records([path])
     assert record.data == data
-    assert record.image_paths == [tmp_path / "x/a.png", tmp_path / "b.png"]
-    assert read_records([path], tmp_path / "..")[0].image_paths[1] == tmp_path / ".." / "b.png"
+    assert record.image_paths == [f"{tmp_path}/x/a.png", f"{tmp_path}/b.png"]
+    assert read_records([path], tmp_path / "..")[0].image_paths[1] == f"{tmp_path}/../b.png"
 
 
 def test_bad_rows_of_several_files_are_named_with_theirs(tmp_path):

@@ -400,7 +400,7 @@ def test_images_within_rows_become_files(tmp_path, run_cli):
     (file,) = (tmp_path / "new-images").iterdir()
     assert file.read_bytes() == page.read_bytes()
     for record in read_records([out]):
-        assert record.image_paths == [file]
+        assert record.image_paths == [str(file)]
 
 
 def test_nothing_is_left_of_images_where_nothing_is_written(tmp_path, run_cli):

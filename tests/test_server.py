@@ -16,13 +16,17 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from mistral_ft import review_index
 from mistral_ft.errors import UserError
+from mistral_ft.pages import page_sizes
 from mistral_ft.predictions import Predictions
 from mistral_ft.records import read_records
 from mistral_ft.review_app import ReviewApp
@@ -30,7 +34,7 @@ from mistral_ft.review_desk import Desk
 from mistral_ft.review_diff import diff
 from mistral_ft.review_export import export
 from mistral_ft.review_index import RowIndex, index_part, line_starts
-from mistral_ft.review_pages import find_page, page_sizes, render_page
+from mistral_ft.review_pages import find_page, render_page
 from mistral_ft.review_security import Guard
 from mistral_ft.review_tokens import TokenView
 from mistral_ft.reviews import Outdated, Review, ReviewLog, log_path
@@ -617,7 +621,7 @@ class TestPages:
         suffix = {"CMYK": "jpg", "YCbCr": "jpg"}.get(mode, "tif")
         image = Image.new("L", (40, 30), 200).convert(mode) if mode not in ("I;16", "F") else Image.new(mode, (40, 30))
         image.save(folder / f"x.{suffix}")
-        data, kind = render_page(folder / f"x.{suffix}", 0)
+        data, kind = render_page(f"{folder}/x.{suffix}", 0)
         with Image.open(io.BytesIO(data)) as shown:
             assert (shown.size, shown.format) == ((40, 30), kind.removeprefix("image/").upper())
             assert shown.mode in ("RGB", "L")
@@ -627,9 +631,25 @@ class TestPages:
         exif = image.getexif()
         exif[0x0112] = 6
         image.save(folder / "turned.jpg", exif=exif)
-        assert page_sizes(folder / "turned.jpg") == [(20, 40)]
-        with Image.open(io.BytesIO(render_page(folder / "turned.jpg", 0)[0])) as shown:
+        assert page_sizes(f"{folder}/turned.jpg", 9) == [(20, 40)]
+        with Image.open(io.BytesIO(render_page(f"{folder}/turned.jpg", 0)[0])) as shown:
             assert shown.size == (20, 40)
+
+    def test_other_rows_are_shown_as_records(self, serve, folder):
+        ask, say = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+        client = serve([{"messages": [ask, say]}, {"prompt": "Q", "completion": "A"}, {"text": "T"}], images=folder)
+        rows = [client.get(f"/api/row?row={number}").json() for number in range(3)]
+        assert [row["expected"] for row in rows] == ["A", "A", None]
+        assert rows[0]["messages"] == rows[1]["messages"] == [{"role": "user", "blocks": [["text", "Q"]]}]
+        assert rows[2]["fields"] == [["text", "T"]]
+        assert [row["problem"] for row in rows] == [None, None, None]
+
+    def test_a_page_in_a_table(self, serve, folder, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        data = (folder / "deep/a.png").read_bytes()
+        pyarrow.parquet.write_table(pyarrow.table({"image": [data]}), folder / "deep/a.parquet")
+        answer = self.get(serve, folder, "deep/a.parquet#row=0&column=image")
+        assert (answer.content, answer.headers["content-type"]) == (data, "image/png")
 
     def test_pages_of_a_tiff_and_a_pdf(self, serve, folder):
         sheets = [Image.new("L", (30 + 10 * k, 20), 50 * k) for k in range(3)]
@@ -653,7 +673,7 @@ class TestPages:
 
     def test_large_pages_are_scaled_down(self, folder, monkeypatch):
         monkeypatch.setattr("mistral_ft.review_pages.MOST_PIXELS", 1000)
-        data, _ = render_page(folder / "deep/a.png", 0)
+        data, _ = render_page(f"{folder}/deep/a.png", 0)
         with Image.open(io.BytesIO(data)) as shown:
             assert shown.width * shown.height <= 1000
             assert shown.size == (37, 25)
@@ -671,7 +691,7 @@ class TestPages:
             "half.png": "image file is truncated",
             "text.png": "no image format that Pillow knows",
             "vector.svg": "no image format that Pillow knows",
-            "broken.pdf": "the PDF cannot be opened",
+            "broken.pdf": "the PDF is damaged",
             "pipe.png": "it is no file",
             "deep": "it is no file",
             "large.png": "has more than 2 million pixels; scale it down",
@@ -696,6 +716,10 @@ OUTSIDE = [
     "....//secret.png", "\u2025/secret.png", "．．/secret.png", "..\u2215secret.png", "a.png\0.jpg", "\0", "", ".",
     "..", "~/secret.png",
     "file:///etc/passwd", "http://127.0.0.1/x.png", "data:image/png;base64,AAAA", "/etc/passwd", "/proc/self/environ",
+    "../secret.parquet#row=0&column=image", "linked/secret.parquet#row=0&column=image",
+    "paths.parquet#row=0&column=image",
+    "paths.parquet#row=1&column=image", "paths.parquet#row=2&column=image", "paths.parquet#row=0&column=image#page=1",
+    "org/name:train#row=0&column=image", "a.png#row=0&column=image",
     "//etc/passwd", "C:\\secret.png", "a.png/../../secret.png", "..;/secret.png",
 ]  # fmt: skip
 
@@ -712,6 +736,10 @@ class TestAttacks:
         (folder / "link.png").symlink_to(tmp_path / "secret.png")
         (folder / "linked").symlink_to(tmp_path)
         (folder / "loop.png").symlink_to(folder / "loop.png")
+        paths = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
+        pyarrow.parquet.write_table(pyarrow.table({"image": paths}), folder / "paths.parquet")
+        secret = pyarrow.table({"image": [(tmp_path / "secret.png").read_bytes()]})
+        pyarrow.parquet.write_table(secret, tmp_path / "secret.parquet")
         return folder
 
     @pytest.mark.parametrize("name", OUTSIDE)
@@ -725,7 +753,7 @@ class TestAttacks:
 
     def test_a_link_within_the_folder_is_followed(self, serve, folder):
         (folder / "inner.png").symlink_to(folder / "a.png")
-        assert find_page(folder, "inner.png") == (folder / "a.png").resolve()
+        assert find_page(folder, "inner.png") == str((folder / "a.png").resolve())
 
     @pytest.mark.parametrize(
         "path",

@@ -1,16 +1,25 @@
 """Parquet files and `datasets` folders hold the same records as JSONL, images within them included."""
 
+import hashlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pytest
 from PIL import Image
 
 from mistral_ft.errors import UserError
+from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
 from mistral_ft.rows import count_rows, data_files
-from mistral_ft.tables import open_table, read_image
+from mistral_ft.tables import open_table
+from tests.conftest import ROOT, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +32,10 @@ def png(color: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (28, 28), color).save(file, "PNG")
     return file.getvalue()
+
+
+def color_of(reference: str) -> int:
+    return open_image(reference).getpixel((0, 0))[0]
 
 
 def ask(*blocks) -> list:
@@ -49,19 +62,21 @@ def dataset():
 
 
 def test_a_parquet_file_holds_records(tmp_path, dataset):
-    path = tmp_path / "data" / "a b.parquet"
+    path = tmp_path / "data" / "a [b].parquet"
     path.parent.mkdir()
     dataset.to_parquet(path, batch_size=2)
     records = read_records([path], expected_required=True)
     assert [r.line for r in records] == [1, 2, 3]
     assert [r.data for r in records] == [
-        record("a b.parquet", 0, 1, n=1),
-        record("a b.parquet", 1, 2),
-        record("a b.parquet", 2, 0, n=3),
+        record("a [b].parquet", 0, 1, n=1),
+        record("a [b].parquet", 1, 2),
+        record("a [b].parquet", 2, 0, n=3),
     ]
-    assert read_image(f"{path}#row=0&column=images&item=0") == png(1)
-    assert read_image(f"{path}#row=1&column=images&item=0") == png(2)
-    assert read_image(f"{path}#row=1&column=images&item=1") == "b.png"
+    assert color_of(f"{path}#row=0&column=images&item=0") == 1
+    assert color_of(f"{path}#row=1&column=images&item=0") == 2
+    (path.parent / "b.png").write_bytes(png(3))
+    assert color_of(f"{path}#row=1&column=images&item=1") == 3
+    assert fingerprint(f"{path}#row=1&column=images&item=0") == hashlib.sha256(png(2)).hexdigest()
     assert (count_rows(path), data_files(path)) == (3, [path])
 
 
@@ -80,7 +95,7 @@ def test_a_column_of_the_library_s_own_images(tmp_path):
         ],
         "expected": "A",
     }
-    assert Image.open(io.BytesIO(read_image(f"{tmp_path}/{reference}"))).getpixel((0, 0)) == 7
+    assert color_of(f"{tmp_path}/{reference}") == 7
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
@@ -95,10 +110,21 @@ def test_a_folder_holds_splits(tmp_path, dataset, kind):
     assert [r.expected for r in read_records([folder])] == ["A", "B", "C"]
     assert read_records([folder])[0].data["images"] == ["set#row=0&column=images&item=0"]
     assert [r.expected for r in read_records([f"{folder}:test"])] == ["C"]
-    assert read_image(f"{folder}:train#row=0&column=images&item=0") == png(1)
+    assert color_of(f"{folder}:train#row=0&column=images&item=0") == 1
     assert all(file.is_file() for file in data_files(f"{folder}:test"))
     with pytest.raises(UserError, match=f"^{folder}:dev: no such split; there is train, test$"):
         read_records([f"{folder}:dev"])
+
+
+def test_a_split_compares_pages_in_tables(tmp_path, run_cli):
+    rows = [{"question": f"Q{k}", "answer": "A", "image": {"bytes": png(k // 2), "path": None}} for k in range(8)]
+    path, out = tmp_path / "a.parquet", tmp_path / "out.jsonl"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    assert run_cli("reformat_data", path, out, "--split", 0.5)[0] == 0
+    sides = [{r["id"] for r in read_rows(tmp_path / f"out.{side}.jsonl")} for side in ("train", "test")]
+    assert [len(side) for side in sides] == [4, 4]
+    for k in (1, 3, 5, 7):  # two rows of one page each
+        assert any({f"a-{k}", f"a-{k + 1}"} <= side for side in sides)
 
 
 def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
@@ -109,19 +135,25 @@ def test_images_are_relative_to_the_folder_that_is_given(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    ("reference", "reason"),
+    ("place", "reason"),
     [
-        ("#row=9&column=images", "image {} does not exist"),
-        ("#row=0&column=pages", "image {} does not exist"),
-        ("#row=2&column=images&item=0", "image {} does not exist"),
-        ("#row=1&column=images&item=5", "image {} does not exist"),
+        ("#row=9&column=images&item=0", "the table has no such image"),
+        ("#row=0&column=pages", "the table has no such image"),
+        ("#row=2&column=images&item=0", "the table has no such image"),
+        ("#row=1&column=images&item=5", "the table has no such image"),
+        ("#row=0&column=expected", "No such file or directory"),
+        ("#row=0&column=n", "the table has nothing there"),
+        ("#row=3&column=expected", "the table has the path ../A there, which is not below its folder"),
+        ("#row=4&column=expected", "the table has the path /etc/A there, which is not below its folder"),
     ],
 )
-def test_a_wrong_reference_is_named(tmp_path, dataset, reference, reason):
-    dataset.to_parquet(tmp_path / "a.parquet")
-    whole = f"{tmp_path}/a.parquet{reference}"
-    with pytest.raises(ValueError, match="^" + reason.format(whole) + "$"):
-        read_image(whole)
+def test_a_wrong_reference_is_named(tmp_path, place, reason):
+    rows = [*ROWS, ROWS[0] | {"expected": "../A"}, ROWS[0] | {"expected": "/etc/A"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    whole = f"{tmp_path}/a.parquet{place}"
+    ending = " does not exist" if "file" in reason else f" cannot be opened: {reason}"
+    with pytest.raises(ValueError, match=re.escape(f"image {whole}{ending}") + "$"):
+        open_image(whole)
 
 
 def test_faults_of_tables_are_one_line(tmp_path, dataset):
@@ -147,3 +179,59 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     path.write_text('[\n  // pages of 2024\n  {"text": "a"}]')
     with pytest.raises(UserError, match=r"a.json: a comment at line 2, column 3: JSON allows none, remove it$"):
         read_records([path])
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one set, org/name, of one parquet file."""
+
+    data: bytes
+    file = "data/train-00000-of-00001.parquet"
+
+    def do_GET(self):
+        path = self.path.partition("?")[0].removeprefix("/api/datasets/org/name")
+        entry = {"type": "file", "path": self.file, "size": len(self.data), "oid": "b" * 40}
+        headers = {"ETag": '"1"', "X-Repo-Commit": "a" * 40, "Content-Type": "application/json"}
+        if path.startswith("/tree/"):
+            folder = {"type": "directory", "path": "data", "oid": "c" * 40}
+            body = json.dumps([entry] if path.endswith("/data") else [folder]).encode()
+        elif path == "" or path.startswith("/revision/"):
+            body = json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": [{"rfilename": self.file}]}).encode()
+        elif path.endswith(self.file):
+            body = self.data
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_set_of_the_hub(tmp_path):
+    image = {"bytes": png(7), "path": None}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"question": "Q", "answer": "A", "image": image}]).to_parquet(path)
+    Hub.data = path.read_bytes()
+    hub = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    program = (
+        "from mistral_ft.records import read_records; from mistral_ft.pages import open_image\n"
+        "(record,) = read_records(['org/name:train'], expected_required=True)\n"
+        "print(record.path, record.line, record.expected, open_image(*record.image_paths).getpixel((0, 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    hub.shutdown()
+    assert done.stdout == "org/name:train 1 A (7, 7, 7)\n", done.stderr

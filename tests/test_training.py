@@ -14,10 +14,11 @@ from mistral_ft import training
 from mistral_ft.arguments import LoraArguments, SpeedArguments
 from mistral_ft.data import RecordDataset, RecordSize, measure_records
 from mistral_ft.errors import UserError
-from mistral_ft.images import ImageFitter, open_image
+from mistral_ft.images import ImageFitter
 from mistral_ft.layers import LoraLinear, hashed_dropout
 from mistral_ft.lora import add_adapter, target_modules
 from mistral_ft.model import load_base
+from mistral_ft.pages import open_image
 from mistral_ft.preflight import Trial, largest, plan_layers, plan_training
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records

@@ -37,6 +37,19 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+# Asks for a password: the digest that the empty one should have is wrong.
+LOCK = f"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{'00' * 32}> /U <{'00' * 32}> >> /ID [<00> <00>]"
+
+
+def make_pdf(pages: str, trailer: str = "") -> bytes:
+    """A PDF of a catalogue and the given object."""
+    parts = [b"%PDF-1.4\n", b"1 0 obj << /Type /Catalog /Pages 2 0 R >> endobj\n", f"2 0 obj {pages} endobj\n".encode()]
+    starts = [len(b"".join(parts[:k])) for k in (1, 2)]
+    table = "xref\n0 3\n0000000000 65535 f \n" + "".join(f"{start:010} 00000 n \n" for start in starts)
+    end = f"trailer << /Size 3 /Root 1 0 R {trailer} >>\nstartxref\n{len(b''.join(parts))}\n%%EOF\n"
+    return b"".join(parts) + (table + end).encode()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Images, good and broken."""
@@ -54,6 +67,12 @@ def folder(tmp_path_factory):
     (folder / "dir.png").mkdir()
     (folder / "page.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (folder / "page.pdf").write_bytes(b"%PDF-1.4\n")
+    (folder / "empty.pdf").write_bytes(b"")
+    (folder / "nopage.pdf").write_bytes(make_pdf("<< /Type /Pages /Kids [] /Count 0 >>"))
+    (folder / "secret.pdf").write_bytes(make_pdf("<< /Type /Pages /Kids [] /Count 0 >>", LOCK))
+    sheets = [Image.new("L", (80 + 10 * k, 60), 255) for k in range(3)]
+    for name in ("three.tif", "three.pdf"):
+        sheets[0].save(folder / name, save_all=True, append_images=sheets[1:])
     Image.new("L", (80, 80)).save(folder / "cut.jpg", quality=90)
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:300])
     Image.new("L", (80, 80)).save(folder / "cut.tif")
@@ -68,6 +87,7 @@ def folder(tmp_path_factory):
 MESSAGE = "`messages` must be a list of at least one message, got "
 CONTENT = "message 1: `content` must be a string or a list of blocks, got "
 BLOCK = "message 1: block 1: "
+PAGES = "`image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not "
 CALLS = "message 2: `tool_calls` must look like "
 SURROGATE = "holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text"
 NO_LINE = "not one JSON object per line: write each record on a line of its own, with no list around them"
@@ -142,11 +162,32 @@ FAULTS = {
     "image a list": (shows(["a.png"]), BLOCK + "`image` must be the path of an image file, got a list"),
     "image a URL": (
         shows("https://a.example/b.png"),
-        BLOCK + "`image` must be the path of a file; save https://a.example/b.png… as one",
+        BLOCK + "`image` is on the web: download it (wget https://a.example/b.png) and write the file's path",
     ),
-    "image a data URL": (
+    "image a file URL": (
+        shows("file:///a%20b.png"),
+        BLOCK + "`image` is a file: URL: write the path itself, /a b.png (reformat_data does so)",
+    ),
+    "data URL without base64": (
+        shows("data:image/png,abc"),
+        BLOCK + "`image` is no base64 data URL (data:image/png;base64,…): data:image/png,abc",
+    ),
+    "data URL cut off": (
+        shows("data:image/png;base64,AAAAA"),
+        "image data:image/png;base64,AAAAA cannot be opened: it is no valid base64: is it cut off?",
+    ),
+    "data URL of no image": (
         shows("data:image/png;base64,AAAA"),
-        BLOCK + "`image` must be the path of a file; save data:image/png;base64,AAAA… as one",
+        "image data:image/png;base64,AAAA cannot be opened: no PDF, and no image format that Pillow knows",
+    ),
+    "page 0": (shows("a.pdf#page=0"), BLOCK + PAGES + "'a.pdf#page=0'"),
+    "page without a number": (shows("a.pdf#page="), BLOCK + PAGES + "'a.pdf#page='"),
+    "page by name": (shows("a.pdf#page=ii"), BLOCK + PAGES + "'a.pdf#page=ii'"),
+    "pages from last to first": (shows("a.pdf#page=4-1"), BLOCK + PAGES + "'a.pdf#page=4-1'"),
+    "page of nothing": (shows("#page=1"), BLOCK + PAGES + "'#page=1'"),
+    "too many pages": (
+        shows("a.pdf#page=1-5000"),
+        BLOCK + "`image` asks for 5,000 pages; at most 1,000 make one record",
     ),
     "expected missing": (record(expected=None), "no `expected`: the answer to learn and to score against"),
     "expected a number": (
@@ -231,10 +272,56 @@ FAULTS = {
     # Images
     "image not there": (shows("none.png"), "image {}/none.png does not exist"),
     "image a folder": (shows("dir.png"), "image {}/dir.png cannot be opened: it is no file"),
-    "image empty file": (shows("empty.png"), "image {}/empty.png cannot be opened: no image format that Pillow knows"),
-    "image a text": (shows("text.png"), "image {}/text.png cannot be opened: no image format that Pillow knows"),
-    "image SVG": (shows("page.svg"), "image {}/page.svg cannot be opened: no image format that Pillow knows"),
-    "image PDF": (shows("page.pdf"), "image {}/page.pdf cannot be opened: no image format that Pillow knows"),
+    "image empty file": (
+        shows("empty.png"),
+        "image {}/empty.png cannot be opened: no PDF, and no image format that Pillow knows",
+    ),
+    "image a text": (
+        shows("text.png"),
+        "image {}/text.png cannot be opened: no PDF, and no image format that Pillow knows",
+    ),
+    "image SVG": (
+        shows("page.svg"),
+        "image {}/page.svg cannot be opened: no PDF, and no image format that Pillow knows",
+    ),
+    "PDF that ends after its head": (
+        shows("page.pdf"),
+        "image {}/page.pdf cannot be opened: the PDF is damaged, or has no page",
+    ),
+    "PDF without a page": (
+        shows("nopage.pdf"),
+        "image {}/nopage.pdf cannot be opened: the PDF is damaged, or has no page",
+    ),
+    "PDF with a password": (
+        shows("secret.pdf#page=1"),
+        "image {}/secret.pdf#page=1 cannot be opened: the PDF is protected by a password; save a copy without",
+    ),
+    "empty PDF": (shows("empty.pdf"), "image {}/empty.pdf cannot be opened: no PDF, and no image format"),
+    "PDF not there": (shows("none.pdf#page=2"), "image {}/none.pdf#page=2 does not exist"),
+    "PDF of which page?": (
+        shows("three.pdf"),
+        "image {}/three.pdf cannot be opened: it has 3 pages: add #page=1 to the path for one, or #page=1-3 for all",
+    ),
+    "no such page of a PDF": (
+        shows("three.pdf#page=4"),
+        "image {}/three.pdf#page=4 cannot be opened: it has no page 4, the last is 3",
+    ),
+    "pages beyond the end of a PDF": (
+        shows("three.pdf#page=3-4"),
+        "image {}/three.pdf#page=4 cannot be opened: it has no page 4, the last is 3",
+    ),
+    "TIFF of which page?": (
+        shows("three.tif"),
+        "image {}/three.tif cannot be opened: it has 3 pages: add #page=1 to the path for one, or #page=1-3 for all",
+    ),
+    "no such page of a TIFF": (
+        shows("three.tif#page=9"),
+        "image {}/three.tif#page=9 cannot be opened: it has no page 9, the last is 3",
+    ),
+    "no such page of a PNG": (
+        shows("good.png#page=2"),
+        "image {}/good.png#page=2 cannot be opened: it has no page 2, the last is 1",
+    ),
     "PNG cut off": (shows("cut.png"), "image {}/cut.png cannot be opened: "),
     "PNG cut off in its head": (shows("head.png"), "image {}/head.png cannot be opened: "),
     "PNG with a broken chunk": (shows("checksum.png"), "image {}/checksum.png cannot be opened: "),
@@ -247,7 +334,7 @@ FAULTS = {
     ),
     "image of 400 million pixels": (
         shows("bomb.png"),
-        "image {}/bomb.png has more than 178 million pixels; scale it down",
+        "image {}/bomb.png has more than 178 million pixels; scale it down, or raise --max_image_pixels",
     ),
     "image too thin": (
         shows("thin.png"),
