@@ -2,7 +2,8 @@
 
     python -m predict dataset/test.jsonl output/<name>
 
-Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file. Finished rows go to
+Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file; plain text gets `nll` instead, its
+negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. Finished rows go to
 <name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.pages import limit_pixels
-from mistral_ft.records import MAX_NEW_TOKENS, read_records
+from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 
 
 def parse_arguments():
@@ -30,6 +31,12 @@ def parse_arguments():
         type=int,
         default=MAX_NEW_TOKENS,
         help=f"tokens an answer may have (default: {MAX_NEW_TOKENS})",
+    )
+    parser.add_argument(
+        "--max_seq_length",
+        type=int,
+        default=MAX_SEQ_LENGTH,
+        help=f"tokens of the pieces that longer plain text is read in (default: {MAX_SEQ_LENGTH})",
     )
     parser.add_argument("--batch_size", default="auto", help="records answered at once (default: auto, by GPU memory)")
     parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams (default: 1, greedy)")
@@ -50,7 +57,7 @@ def parse_arguments():
         if not args.batch_size.isdecimal():
             parser.error(f"--batch_size {args.batch_size}: must be a number or auto")
         args.batch_size = int(args.batch_size)
-    for name in ("max_new_tokens", "batch_size", "limit", "num_beams", "top_k"):
+    for name in ("max_new_tokens", "max_seq_length", "batch_size", "limit", "num_beams", "top_k"):
         if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     for name, highest in (("temperature", math.inf), ("top_p", 1)):
@@ -77,8 +84,6 @@ def main() -> int:
     args = parse_arguments()
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
-    if text := next((record for record in records if record.text is not None), None):
-        raise UserError(f"{text.path}:{text.line}: plain text asks nothing, so there is nothing to answer")
 
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
@@ -99,12 +104,14 @@ def main() -> int:
     search, lengths = search_settings(args), page_lengths(records, encoder, fitter)
     size = None if args.batch_size == "auto" else args.batch_size
     beams = args.num_beams if search else None
-    batches = plan(lengths, folders, device, args.max_new_tokens, size, beams)
+    texts = {row for row, record in enumerate(records) if record.text is not None}
+    batches = plan(lengths, folders, device, args.max_new_tokens, size, beams, texts)
     settings = {
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
         "max_image_pixels": args.max_image_pixels,
         "model": folders.fingerprint(),
+        "max_seq_length": args.max_seq_length,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
         "search": search | {"seed": args.seed} if search else {},
@@ -124,7 +131,9 @@ def main() -> int:
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     try:
         if predictions.batches_left:
-            generator = Generator(folders, encoder, fitter, device, args.max_new_tokens, search, args.seed)
+            generator = Generator(
+                folders, encoder, fitter, device, args.max_new_tokens, search, args.seed, args.max_seq_length
+            )
             for answers in generator.answer(records, predictions.batches_left):
                 predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
                 accuracy = predictions.hits / max(1, predictions.scored)

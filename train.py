@@ -55,7 +55,7 @@ def main() -> None:
     from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
-    from mistral_ft.data import RecordDataset, measure_records
+    from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
@@ -88,12 +88,13 @@ def main() -> None:
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
     if fitter is None and (lora_args.vision_lora or lora_args.train_projector):
         raise UserError(f"--vision_lora and --train_projector: {model_args.model_id} has no vision tower")
+    rows, records = len(records), cut_texts(records, encoder, data_args.max_seq_length)
     sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
     lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
 
     # 4. The run's folder: a new one, or that of the run to continue.
-    run = resumed or Run.create(args.output_dir, settings, base, len(records))
+    run = resumed or Run.create(args.output_dir, settings, base, rows)
     args.output_dir = str(run.folder)
     print(f"Run folder {run.folder}")
 

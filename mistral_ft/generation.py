@@ -6,16 +6,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, GenerationConfig
 
+from mistral_ft.attention import PACKED
 from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, check_images
 from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
 from mistral_ft.errors import RecordError, UserError
@@ -32,11 +34,12 @@ from mistral_ft.model import (
     is_four_bit,
     limit_gib,
     load_base,
+    text_model,
 )
 from mistral_ft.pages import page_size
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
-from mistral_ft.records import Record
+from mistral_ft.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
 
 # Records answered at once, at most, where the batch size is chosen. More of them share a sweep over the weights, but
@@ -45,6 +48,8 @@ MOST_ROWS = 32
 ROWS_ON_CPU = 8
 # Padded tokens of a batch for transformers' generate: on the 24B they take about 15 GiB beside the weights' 45.
 MAX_PADDED_TOKENS = 32768
+# Tokens of plain text whose logits are there at once: 1 GiB of them with 131,072 ids.
+LABELS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ def plan(
     max_new_tokens: int,
     batch_size: int | None = None,
     num_beams: int | None = None,
+    texts: Set[int] = frozenset(),
 ) -> list[list[int]]:
     """Batches for these prompts.
 
@@ -184,7 +190,16 @@ def plan(
         folders: of the model.
         batch_size: rows of a batch; None: as many as the GPU has room for, up to `MOST_ROWS`.
         num_beams: beams of transformers' generate, where that is used.
+        texts: rows of plain text, which are read and not answered: they have batches of their own.
     """
+    if texts:
+        asked = [row for row in range(len(lengths)) if row not in texts]
+        read = sorted(texts)
+        answered = asked and plan(
+            [lengths[row] for row in asked], folders, device, max_new_tokens, batch_size, num_beams
+        )
+        reading = plan_batches([lengths[row] for row in read], batch_size or MOST_ROWS, MAX_PROMPT_TOKENS)
+        return [[rows[k] for k in batch] for rows, batches in ((asked, answered), (read, reading)) for batch in batches]
     whole = [length + max_new_tokens for length in lengths]
     if num_beams is not None:
         return plan_batches(whole, batch_size or ROWS_ON_CPU, MAX_PADDED_TOKENS // num_beams)
@@ -248,14 +263,28 @@ class Answer:
         }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How well the model predicts a plain text: negative log-likelihood in nats, summed over so many tokens."""
+
+    nll: float
+    tokens: int
+
+    def write_into(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with `nll` and `tokens`; what an earlier prediction wrote goes."""
+        kept = {name: value for name, value in record.items() if name not in PREDICTED}
+        return kept | {"nll": round(self.nll, 4), "tokens": self.tokens}
+
+
 class Generator:
-    """A loaded model that answers records.
+    """A loaded model that answers records, and reads plain text.
 
     Args:
         max_new_tokens: tokens an answer may have.
         search: settings of transformers' `generate` other than greedy decoding, such as {"num_beams": 4} or
             {"do_sample": True, "temperature": 0.7}; empty for greedy decoding, which is this toolkit's own.
         seed: of samples. Each batch starts from it anew, so that a run that is continued draws the same.
+        max_seq_length: tokens of the pieces that longer plain text is read in.
     """
 
     def __init__(
@@ -267,8 +296,10 @@ class Generator:
         max_new_tokens: int,
         search: dict[str, Any] | None = None,
         seed: int = 0,
+        max_seq_length: int = MAX_SEQ_LENGTH,
     ):
         self.model = folders.load(device)
+        self.max_seq_length = max_seq_length
         self.encoder, self.fitter, self.device = encoder, fitter, device
         self.max_new_tokens, self.seed = max_new_tokens, seed
         control = encoder.control
@@ -288,7 +319,9 @@ class Generator:
             self.decoder = GreedyDecoder(self.model, control.eos)
             self.collate = _GroupCollator(control.pad)
 
-    def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+    def answer(
+        self, records: Sequence[Record], batches: Sequence[Sequence[int]]
+    ) -> Iterator[dict[int, Answer | Reading]]:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
         on_gpu = self.device.type == "cuda"
         pages = DataLoader(
@@ -305,9 +338,50 @@ class Generator:
             found = dict(itertools.islice(rows, len(batch)))
             good = {index: example for index, example in found.items() if not isinstance(example, str)}
             answers = {index: Answer(error=reason) for index, reason in found.items() if index not in good}
-            if good:
+            if good and records[batch[0]].text is not None:
+                answers |= dict(zip(good, self._read([records[index].text for index in good]), strict=True))
+            elif good:
                 answers |= dict(zip(good, self._generate(self.collate(list(good.values()))), strict=True))
             yield {index: answers[index] for index in batch}
+
+    @torch.inference_mode()
+    def _read(self, texts: Sequence[str]) -> list[Reading]:
+        """How well the model predicts each text, every token of it given those before it in its piece."""
+        pieces = [
+            (row, ids) for row, text in enumerate(texts) for ids in self.encoder.pieces(text, self.max_seq_length)
+        ]
+        config, nll = text_model(self.model).config, [0.0] * len(texts)
+        attention, config._attn_implementation = config._attn_implementation, PACKED
+        try:
+            for group in prompt_groups([len(ids) + 1 for _, ids in pieces]):
+                rows = torch.tensor([pieces[k][0] for k in group]).repeat_interleave(
+                    torch.tensor([len(pieces[k][1]) for k in group])
+                )
+                for row, loss in zip(rows.tolist(), self._losses([pieces[k][1] for k in group]), strict=True):
+                    nll[row] += loss
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory does not hold plain text of this length; lower --max_seq_length"
+            ) from None
+        finally:
+            config._attn_implementation = attention
+        tokens = [sum(len(ids) for row, ids in pieces if row == wanted) for wanted in range(len(texts))]
+        return [Reading(*pair) for pair in zip(nll, tokens, strict=True)]
+
+    def _losses(self, pieces: Sequence[Sequence[int]]) -> list[float]:
+        """Cross entropy of each id of the pieces, which are read side by side, in nats."""
+        examples = [dict(zip(("input_ids", "labels"), self.encoder.frame(ids), strict=True)) for ids in pieces]
+        batch = TrainingCollator(self.encoder.control.pad)([[e | {"image_sizes": []} for e in examples]])
+        positions, labels = batch.pop("label_positions"), batch.pop("labels")[0]
+        del batch["num_tokens"]
+        inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0, positions.to(self.device)]
+        targets = labels[positions + 1].to(self.device)
+        found = [
+            F.cross_entropy(self.model.lm_head(some).float(), wanted, reduction="none")
+            for some, wanted in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+        ]
+        return torch.cat(found).tolist()
 
     def _generate(self, batch: Any) -> list[Answer]:
         try:

@@ -82,14 +82,20 @@ def card_scores(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         UserError: if it cannot be scored.
     """
+    from mistral_ft.perplexity import perplexity
     from mistral_ft.scoring import Options, figures, score_file
 
-    result = figures(score_file(path, Options()).totals)
+    score = score_file(path, Options())
+    scores = {"predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`"}
+    if score.texts.lines:
+        text = perplexity(score.texts)
+        interval = f"95 % interval {text['perplexity_low']:.4f} to {text['perplexity_high']:.4f}"
+        scores["perplexity"] = f"{text['perplexity']:.4f} ({interval}) on {text['tokens']:,} tokens"
+    if not score.totals.count:
+        return scores
+    result = figures(score.totals)
     interval = f"95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}"
-    scores = {
-        "predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`",
-        "accuracy": f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})",
-    }
+    scores["accuracy"] = f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})"
     names = {"cer": "character error rate", "wer": "word error rate", "anls": "ANLS", "token_f1": "token F1"}
     return scores | {names[key]: f"{result[key]:.4f}" for key in names if result[key] is not None}
 

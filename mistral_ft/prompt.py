@@ -181,8 +181,17 @@ class PromptEncoder:
         Returns:
             `input_ids` and `labels` of the same length; only <s>, which nothing comes before, has no label.
         """
-        ids = [*self._text(text), self.control.eos]
+        return self.frame([*self._text(text), self.control.eos])
+
+    def frame(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Lay out ids all of which are learned: a piece of plain text."""
         return [self.control.bos, *ids], [IGNORE_INDEX, *ids]
+
+    def pieces(self, text: str, most: int) -> list[list[int]]:
+        """The ids of plain text and its </s>, cut so that `frame` makes at most so many of each piece."""
+        ids = self.encode_text(text)[0][1:]
+        step = max(1, most - 1)
+        return [ids[start : start + step] for start in range(0, len(ids), step)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without control tokens; calls as JSON, however the version writes them."""
@@ -291,6 +300,8 @@ def encode_record(
     encoder: PromptEncoder, record: Record, grids: Sequence[tuple[int, int]], with_answer: bool
 ) -> tuple[list[int], list[int]]:
     """`input_ids` and `labels` of a record, with its answers to learn or up to where the model is to speak."""
+    if record.piece is not None:
+        return encoder.frame(record.piece)
     if record.text is not None:
         return encoder.encode_text(record.text)
     messages = record.conversation if with_answer else record.messages

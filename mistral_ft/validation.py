@@ -214,7 +214,9 @@ class RowChecker:
         ids, labels = encode_record(self.encoder, record, grids, with_answer=True)
         answer = [label for label in labels if label != IGNORE_INDEX]
         image_tokens = sum(rows * (columns + 1) for rows, columns in grids)
-        if problem := length_problem(len(ids), image_tokens, len(grids), self.max_seq_length):
+        # Plain text is no problem: train cuts it into pieces.
+        problem = length_problem(len(ids), image_tokens, len(grids), self.max_seq_length)
+        if problem and record.text is None:
             problems.append(Problem(LENGTH, problem))
         # Each answer ends with an id of its own.
         learned = [
