@@ -6,6 +6,10 @@ Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the 
 negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. Finished rows go to
 <name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
+
+    torchrun --nproc_per_node 2 -m predict dataset/test.jsonl output/<name>
+
+answers on several GPUs, each with a copy of the model, and writes the same file.
 """
 
 import argparse
@@ -14,6 +18,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.distributed import (
+    TIMEOUT_SECONDS,
+    finish,
+    from_first,
+    gather,
+    join,
+    rank,
+    silence_others,
+    world_size,
+)
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.pages import limit_pixels
 from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
@@ -82,8 +96,11 @@ def default_name(model: str) -> str:
 def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
+    silence_others()
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
+
+    import torch
 
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
@@ -94,6 +111,7 @@ def main() -> int:
     from mistral_ft.run_folder import versions
 
     quiet_libraries()
+    join(TIMEOUT_SECONDS, torch.cuda.is_available(), "gloo")  # what the processes tell each other is text
     device = pick_device(args.gpu_memory_gib)
 
     # 2. The model's folders and prompt settings; the weights come later.
@@ -105,7 +123,7 @@ def main() -> int:
     size = None if args.batch_size == "auto" else args.batch_size
     beams = args.num_beams if search else None
     texts = {row for row, record in enumerate(records) if record.text is not None}
-    batches = plan(lengths, folders, device, args.max_new_tokens, size, beams, texts)
+    batches = from_first(lambda: plan(lengths, folders, device, args.max_new_tokens, size, beams, texts))
     settings = {
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
@@ -122,37 +140,44 @@ def main() -> int:
     output = Path(args.output or f"{default_name(args.model)}.jsonl")
     if output.resolve() == Path(args.dataset).resolve():
         raise UserError(f"{output}: is the dataset itself; give another file with -o")
-    predictions = Predictions(output, settings, batches, args.overwrite)
-    if predictions.done:
+    predictions = Predictions(output, settings, batches, args.overwrite)  # of several processes the first one writes
+    left = from_first(lambda: predictions.batches_left)
+    if predictions.done and rank() == 0:
         print(f"Continuing: {len(predictions.done)} of {len(records)} rows are done", file=sys.stderr)
 
     # 4. Answers, batch by batch.
     rows = [record.row for record in records]
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
+    mine = left[rank() :: world_size()]
     try:
-        if predictions.batches_left:
+        if left:
             generator = Generator(
                 folders, encoder, fitter, device, args.max_new_tokens, search, args.seed, args.max_seq_length
             )
-            for answers in generator.answer(records, predictions.batches_left):
-                predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
-                accuracy = predictions.hits / max(1, predictions.scored)
-                text = f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}"
-                progress.update(len(answers), text if predictions.scored else "")
+            found = generator.answer(records, mine)
+            # In turns, so that rows reach the disk in the order of the plan, whoever answered them.
+            for turn in range(math.ceil(len(left) / world_size())):
+                for answers in filter(None, gather(next(found) if turn < len(mine) else None)):
+                    if rank() == 0:
+                        predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
+                    accuracy = predictions.hits / max(1, predictions.scored)
+                    text = f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}"
+                    progress.update(len(answers), text if predictions.scored else "")
     except KeyboardInterrupt:
         progress.close()
         raise KeyboardInterrupt(
-            f"stopped: {len(predictions.done)} of {len(rows)} rows are done; the same command continues"
+            f"stopped: {progress.done} of {len(rows)} rows are done; the same command continues"
         ) from None
     progress.close()
 
     # 5. The file, whole.
-    predictions.finish()
-    failed = [i for i, row in predictions.done.items() if "error" in row]
-    for i in sorted(failed):
-        print(f"error: {records[i].error(predictions.done[i]['error'])}", file=sys.stderr)
+    from_first(predictions.finish)
+    failed = from_first(lambda: {i: row["error"] for i, row in sorted(predictions.done.items()) if "error" in row})
+    for i, reason in failed.items() if rank() == 0 else ():
+        print(f"error: {records[i].error(reason)}", file=sys.stderr)
     print(f"{len(rows)} rows in {output}, {len(failed)} with an error")
     print_peak_memory(device)
+    finish()
     return 1 if failed else 0
 
 

@@ -257,6 +257,7 @@ def main() -> None:
             progress.update(rows.seen - progress.done)
             if args.format == "auto":
                 check_format(args.input, line, possible_formats(row, args.columns), form)
+            images_before = embedded.count
             try:
                 record, left_out = convert(row, form, args.columns)
                 record = {"id": f"{args.input.stem}-{line}"} | record
@@ -268,6 +269,7 @@ def main() -> None:
                     splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))
             except ValueError as error:
                 dropped.add(str(error), line)
+                embedded.remove_from(images_before)
                 continue
             relative |= any(not Path(image).is_absolute() for image in images if image not in taken)
             if relative and embedded.used and not same_folder:

@@ -74,18 +74,25 @@ settings=(
 
 fi
 
+# All GPUs that are visible, each with a copy of the base (CUDA_VISIBLE_DEVICES=0 for one). An optimizer step then learns
+# from that many times more records.
+gpus=$(python -c 'import torch as t; print(t.cuda.device_count())')
+step() {
+    if [ "$gpus" -gt 1 ]; then torchrun --standalone --nproc_per_node "$gpus" -m "$@"; else python -m "$@"; fi
+}
+
 # Fewer holes between pages of different sizes.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 echo "== Train"
-run=$(python -m train "${settings[@]}" | tee >(cat >&2) | sed -n 's/^Adapter saved in //p')
+run=$(step train "${settings[@]}" | tee >(cat >&2) | sed -n 's/^Adapter saved in //p')
 name=$(basename "$run")
 
 echo "== Predict the test set"
-python -m predict "$test_file" "$run"
+step predict "$test_file" "$run"
 
 echo "== Predict it with the untrained base"
-python -m predict "$test_file" "$base" -o base.jsonl
+step predict "$test_file" "$base" -o base.jsonl
 
 echo "== Score: the base"
 python -m score base.jsonl | sed -n 1p

@@ -4,15 +4,20 @@
 
 Writes a new folder output/<two-words-hex>/ with the adapter (plain peft loads it), the tokenizer and processor files,
 and run.json: the settings, the data's hash and the package versions. Every record is read and every page opened before
-the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues a run.
+the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues a run,
+auto the newest one with the same settings. On Ctrl-C, SIGTERM or SIGUSR1 it saves after the step and ends.
+
+    torchrun --nproc_per_node 2 -m train …      (or accelerate launch --config_file configs/ddp.yaml -m train …)
+
+trains on several GPUs, each with a copy of the base, or with --shard_base True with a share of it.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from mistral_ft.arguments import (
     EPILOG,
+    CheckpointArguments,
     DataArguments,
     HelpFormatter,
     LoraArguments,
@@ -20,6 +25,7 @@ from mistral_ft.arguments import (
     SpeedArguments,
     TrainParser,
 )
+from mistral_ft.distributed import finish, from_first, rank, silence_others, take_sharding, world_size
 from mistral_ft.errors import UserError, run_step
 from mistral_ft.pages import limit_pixels
 from mistral_ft.records import read_records
@@ -27,22 +33,27 @@ from mistral_ft.records import read_records
 
 def main() -> None:
     # 1. Arguments. --help is answered before torch is imported, which takes seconds.
-    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments)
+    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, CheckpointArguments)
     if {"-h", "--help"} & set(sys.argv[1:]):
         help_parser = TrainParser(
             ours, formatter_class=HelpFormatter, prog="python -m train", description=__doc__, epilog=EPILOG
         )
         help_parser.print_help()
         return
+    silence_others()
+    sharding = take_sharding()
     from mistral_ft.training import FinetuneArguments
 
-    data_args, model_args, lora_args, speed_args, args = TrainParser(
+    data_args, model_args, lora_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
     ).parse()
-    if problems := lora_args.problems() + speed_args.problems():
+    speed_args.shard_base |= sharding
+    if problems := lora_args.problems() + speed_args.problems() + checkpoint_args.problems():
         raise UserError("; ".join(problems))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("training runs in one process, on one GPU: start it with python -m train, without torchrun")
+    if speed_args.shard_base and lora_args.use_dora:
+        raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
+    if speed_args.shard_base and model_args.load_in_4bit:
+        raise UserError("--load_in_4bit True cannot be sharded: 4-bit weights fit one card; leave out --shard_base")
 
     limit_pixels(data_args.max_image_pixels)
 
@@ -62,6 +73,7 @@ def main() -> None:
     from mistral_ft.model import (
         check_bitsandbytes,
         check_model_folder,
+        held_bytes,
         load_base,
         pick_device,
         print_peak_memory,
@@ -79,8 +91,14 @@ def main() -> None:
 
     check_optimizer(args)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
-    resumed = None if args.resume_from_checkpoint is None else Run.resume(args.resume_from_checkpoint, settings)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    settings["checkpoints"] = checkpoint_args
+    resumed = None
+    if args.resume_from_checkpoint == "auto":
+        resumed = from_first(lambda: Run.resume_newest(args.output_dir, settings))
+        print(f"Continuing from {resumed.checkpoint}" if resumed else "Nothing to continue from: a new run")
+    elif args.resume_from_checkpoint is not None:
+        resumed = from_first(lambda: Run.resume(args.resume_from_checkpoint, settings))
+    from_first(lambda: Path(args.output_dir).mkdir(parents=True, exist_ok=True))
 
     # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.
     base = find_model_folder(model_args.model_id, weights=False)
@@ -94,21 +112,31 @@ def main() -> None:
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
 
     # 4. The run's folder: a new one, or that of the run to continue.
-    run = resumed or Run.create(args.output_dir, settings, base, rows)
+    run = resumed or from_first(lambda: Run.create(args.output_dir, settings, base, rows))
+    if not run.folder.is_dir():
+        raise UserError(f"{run.folder}: not to be seen by process {rank()}; --output_dir must be on a shared disk")
     args.output_dir = str(run.folder)
-    print(f"Run folder {run.folder}")
+    print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
     with run.cleaned_up_if_useless():
         # 5. The base, frozen, and the adapter.
         set_seed(args.seed)
-        model = load_base(find_model_folder(model_args.model_id), device, four_bit=model_args.load_in_4bit)
+        model = load_base(
+            find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.load_in_4bit
+        )
         model = add_adapter(model, lora_args, model_args.model_id)
         print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
+        if speed_args.shard_base:
+            held, whole = (amount / 2**30 for amount in held_bytes(model))
+            print(f"Each process holds {held:.4g} GiB of the {whole:.4g} GiB that the model has")
 
         # 6. How to train: which records share a sequence, and what the GPU has room for.
         rates = {"vision_tower": lora_args.vision_lr, "multi_modal_projector": lora_args.projector_lr}
         trainer = FinetuneTrainer(
-            model=model, args=args, learning_rates={part: rate for part, rate in rates.items() if rate is not None}
+            model=model,
+            args=args,
+            learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+            save_minutes=checkpoint_args.save_minutes,
         )
         try:
             dataset = RecordDataset(records, encoder, fitter)
@@ -118,19 +146,23 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except torch.OutOfMemoryError:
             raise UserError(
-                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some"
+                "the GPU's memory is used up: does another program use it too? Lower --gpu_memory_gib to leave it some "
+                "when you go on"
             ) from None
         except TorchDynamoException as error:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None
 
+        if trainer.stopped:
+            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, which is saved")
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
         # 8. The adapter, whole or not at all.
-        run.save_adapter(model)
+        from_first(lambda: run.save_adapter(model))
         trainer.save_state()
     print_peak_memory(device)
     print(f"Adapter saved in {run.folder}")
+    finish()
 
 
 if __name__ == "__main__":

@@ -24,9 +24,12 @@ def parse_arguments():
     )
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: each file's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
-    parser.add_argument("--model_id", help="model to train, a hub id or a folder: count tokens as it does")
+    parser.add_argument(
+        "--model_id", help="model to train, a hub id or a folder, or an adapter: count tokens as it does"
+    )
     parser.add_argument("--max_seq_length", type=int, help="tokens a record may have, with --model_id (default: 32768)")
     parser.add_argument("--write_clean", metavar="FILE", help="write the rows of FILE… that are not fatal to FILE")
+    parser.add_argument("--report", metavar="FILE", help="write a page with all of it for a browser, such as data.html")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows with the trained tokens marked")
     args = parser.parse_args()
     if not args.files and not args.eval:
@@ -40,10 +43,13 @@ def parse_arguments():
         parser.error(f"--max_seq_length {args.max_seq_length}: must be at least 1")
     if args.show < 0:
         parser.error(f"--show {args.show}: must not be negative")
+    for name in ("write_clean", "report"):
+        target = getattr(args, name)
+        if target and check_target(target).resolve() in {Path(path).resolve() for path in inputs}:
+            parser.error(f"--{name} {target}: is one of the files to check; give another name")
+    if args.report and args.write_clean and Path(args.report).resolve() == Path(args.write_clean).resolve():
+        parser.error("--report and --write_clean are the same file")
     if args.write_clean:
-        target = check_target(args.write_clean).resolve()
-        if target in {Path(path).resolve() for path in inputs}:
-            parser.error(f"--write_clean {args.write_clean}: is one of the files to check; give another name")
         if not args.files:
             parser.error("--write_clean has no effect without a FILE to train on")
         if not args.images_dir and len({Path(path).resolve().parent for path in args.files}) > 1:
@@ -54,13 +60,14 @@ def parse_arguments():
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft.hub import find_model_folder
+    from mistral_ft.estimate import describe_training, is_measured
+    from mistral_ft.hub import find_prompt_folders
     from mistral_ft.images import ImageFitter
     from mistral_ft.pages import limit_pixels
     from mistral_ft.progress import Progress
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.records import find_images_dir
-    from mistral_ft.validation import Source, Tally, check_files, describe, mark_trained
+    from mistral_ft.validation import Examples, Source, Tally, check_files, describe, mark_trained
 
     limit_pixels(args.max_image_pixels)
     sources = [
@@ -70,20 +77,21 @@ def main() -> int | None:
     ]
 
     # 2. The model's tokenizer and page settings.
-    folder = encoder = fitter = None
+    folders = encoder = fitter = None
     if args.model_id:
-        folder = find_model_folder(args.model_id, weights=False)
-        encoder, fitter = PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder)
+        folders = find_prompt_folders(args.model_id)
+        encoder, fitter = PromptEncoder.from_folder(folders[0]), ImageFitter.from_folder(folders[1])
 
     # 3. Row by row, on all cores.
-    tally, shown, kept = Tally(sources), [], 0
+    tally, examples, shown, kept = Tally(sources), Examples(), [], 0
     with contextlib.ExitStack() as files:
         clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
-        rows = files.enter_context(contextlib.closing(check_files(sources, folder, args.max_seq_length or 32768)))
+        rows = files.enter_context(contextlib.closing(check_files(sources, folders, args.max_seq_length or 32768)))
         for source, line, raw, checked in rows:
             problems = tally.add(source, line, checked)
             for problem in problems:
                 Progress.print(describe(f"{source.path}:{line}", problem))
+                examples.add(f"{source.path}:{line}", problem)
             if any(problem.kind.fatal for problem in problems):
                 continue
             if len(shown) < args.show:
@@ -95,12 +103,22 @@ def main() -> int | None:
     # 4. Row against row: duplicates, pages that training and --eval share, formats.
     for place, problem in tally.compare_rows():
         print(describe(place, problem))
+        examples.add(place, problem)
 
     # 5. What it comes to.
     for source, line, raw in shown:
         print(f"{source.path}:{line}: {mark_trained(encoder, fitter, raw, source)}")
-    for text in (*tally.summary(fitter), *tally.verdict()):
+    training = []
+    if folders and is_measured(folders[1]) and len(lengths := tally.lengths()):
+        training = list(describe_training(lengths, tally.longest()))
+    for text in (*tally.summary(fitter), *training, *tally.verdict()):
         print(text)
+    if args.report:
+        from mistral_ft.validation_report import report  # slow to import
+
+        with atomic_write(args.report) as file:
+            file.write(report(tally, examples, training, fitter))
+        print(f"Report in {args.report}")
     if args.write_clean:
         print(f"{kept:,} rows in {args.write_clean}")
         images_dir = sources[0].images_dir

@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from mistral_ft.distributed import world_size
 from mistral_ft.errors import OneLineErrors, UserError
 from mistral_ft.hub import MODEL_ID
 from mistral_ft.records import MAX_SEQ_LENGTH
 
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
---lr_scheduler_type cosine, --save_steps 500, --resume_from_checkpoint output/<name>, --seed 42. Those that cannot act
-here are refused by name."""
+--lr_scheduler_type cosine, --save_steps 500, --resume_from_checkpoint output/<name> (or auto: the newest run with the
+same settings), --seed 42. Those that cannot act here are refused by name."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -93,14 +94,32 @@ class SpeedArguments:
     )
     pack_length: int | None = _field(None, "Tokens of such a sequence (default: by the GPU's memory and the data).")
     compile: bool | None = _field(None, "Compile the layers (default: on a GPU).")
+    shard_base: bool = _field(
+        False, "Of several processes, each keeps a share of the base's text layers (FSDP2), for smaller cards."
+    )
 
     def problems(self) -> list[str]:
         """Everything wrong with these arguments, one line each."""
-        if self.pack_length is None:
-            return []
-        if self.packing is False:
-            return ["--pack_length has no effect with --packing False"]
-        return [f"--pack_length {self.pack_length}: must be at least 1"] if self.pack_length < 1 else []
+        found = []
+        if self.pack_length is not None and self.packing is False:
+            found.append("--pack_length has no effect with --packing False")
+        elif self.pack_length is not None and self.pack_length < 1:
+            found.append(f"--pack_length {self.pack_length}: must be at least 1")
+        if self.shard_base and world_size() == 1:
+            found.append("--shard_base True needs several processes: start them with torchrun --nproc_per_node")
+        return found
+
+
+@dataclass
+class CheckpointArguments:
+    """When to save, beside --save_steps."""
+
+    save_minutes: float | None = _field(None, "Save a checkpoint at least so often (default: by --save_steps alone).")
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these arguments, one line each."""
+        wrong = self.save_minutes is not None and not self.save_minutes > 0
+        return [f"--save_minutes {self.save_minutes:g}: must be more than 0"] if wrong else []
 
 
 @dataclass

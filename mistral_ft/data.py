@@ -1,14 +1,17 @@
 """From records to batches: checks of every page ahead of training, the dataset and the collator."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 
+from mistral_ft.distributed import gather, rank, world_size
 from mistral_ft.errors import RecordError, raise_all
 from mistral_ft.images import TEXT_ONLY, ImageFitter, to_patches
 from mistral_ft.pages import open_image
@@ -87,6 +90,8 @@ def measure_records(
 ) -> list[RecordSize]:
     """Open every page and encode every record once, ahead of training, so that nothing bad turns up hours later.
 
+    Of several processes each does its share, and all know the whole.
+
     Args:
         max_seq_length: tokens that a record may have; records are refused, never cut.
 
@@ -105,7 +110,8 @@ def measure_records(
         except ValueError as error:
             return str(error)
 
-    paths = list(dict.fromkeys(path for record in records for path in record.image_paths))
+    share = records[rank() :: world_size()]
+    paths = list(dict.fromkeys(path for record in share for path in record.image_paths))
     # Pillow decodes outside Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = Progress("checking", len(paths), "page")
@@ -120,9 +126,9 @@ def measure_records(
         progress.close()
 
     errors: list[RecordError] = []
-    sizes = []
+    sizes: list[RecordSize] = []
     merged = (fitter.cell_size // fitter.patch_size) ** 2 if fitter else 0
-    for record in records:
+    for record in share:
         found = [grids[path] for path in record.image_paths]
         broken = next((result for result in found if isinstance(result, str)), None)
         if broken is not None:
@@ -138,8 +144,12 @@ def measure_records(
         image_tokens = sum(rows * (columns + 1) for rows, columns in found)
         if problem := length_problem(len(input_ids), image_tokens, len(found), max_seq_length):
             errors.append(record.error(problem))
-    raise_all(errors)
-    return sizes
+    found_by_all = gather((sizes, errors))
+    raise_all(sorted((e for _, found in found_by_all for e in found), key=lambda e: (e.path, e.line)))
+    everyones: list[Any] = [None] * len(records)
+    for number, (found, _) in enumerate(found_by_all):
+        everyones[number :: world_size()] = found
+    return everyones
 
 
 class PackedDataset:
@@ -160,6 +170,40 @@ class PackedDataset:
         return [self.dataset[number] for number in self.packs[index]]
 
 
+class PackBatches(Sampler[list[int]]):
+    """Batches of packs in an order drawn anew for each epoch, each process those of its turn.
+
+    The order is that of one process with the same number of packs to a step. Where the packs do not come out even, the
+    last turns are empty batches: no pack is trained twice to fill them up, and none is left out.
+
+    Args:
+        packs: how many there are.
+        batch_size: packs of a batch.
+        drop_last: leave out what does not fill a turn of every process, instead.
+
+    Attributes:
+        epoch: the one whose order is meant; who iterates sets it.
+    """
+
+    def __init__(self, packs: int, batch_size: int, seed: int, drop_last: bool = False):
+        self.packs, self.batch_size, self.seed, self.drop_last = packs, batch_size, seed, drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        turns = self.packs / (self.batch_size * world_size())
+        return math.floor(turns) if self.drop_last else math.ceil(turns)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.turns(0, len(self)))
+
+    def turns(self, start: int, end: int) -> list[list[int]]:
+        """This process's batches of some turns of the epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.packs, generator=generator).tolist()
+        places = [(turn * world_size() + rank()) * self.batch_size for turn in range(start, min(end, len(self)))]
+        return [order[place : place + self.batch_size] for place in places]
+
+
 def _images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Nothing, or {"pixel_values": float32 (patches, ...), "image_sizes": [(height, width)]}, in the records' order."""
     sizes = [size for example in examples for size in example["image_sizes"]]
@@ -175,7 +219,8 @@ class TrainingCollator:
 
     Returns {"input_ids", "position_ids", "labels": int64 (1, tokens), "label_positions": int64 (labels,), the positions
     whose next token is a label, "cu_seq_lens": int32 (records + 1,), "max_length": int, "num_tokens": int} and, if
-    there is any image, what `RecordDataset` says of "pixel_values" and "image_sizes", all pages joined.
+    there is any image, what `RecordDataset` says of "pixel_values" and "image_sizes", all pages joined. Of no packs at
+    all it makes a sequence without labels.
 
     Args:
         pad_id: id that fills up.
@@ -192,8 +237,9 @@ class TrainingCollator:
         examples = [example for pack in packs for example in pack]
         rows = [(example["input_ids"], example["labels"]) for example in examples]
         num_tokens = sum(len(ids) for ids, _ in rows)
-        if self.length is not None and num_tokens < self.length:
-            fill = self.length - num_tokens
+        length = self.length or max(1, num_tokens)
+        if num_tokens < length:
+            fill = length - num_tokens
             rows.append(([self.pad_id] * fill, [IGNORE_INDEX] * fill))
         lengths = [len(ids) for ids, _ in rows]
         bounds = np.cumsum([0, *lengths])

@@ -1,5 +1,6 @@
 """Images that a row carries within itself (data: URLs) or names by file: URL become files in a folder."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -24,6 +25,7 @@ class ImageFolder:
 
     Attributes:
         used: whether a record names an image in it.
+        count: files that were written.
     """
 
     def __init__(self, folder: Path):
@@ -31,17 +33,26 @@ class ImageFolder:
         self._made_folder = False
         self._made: list[Path] = []
 
+    @property
+    def count(self) -> int:
+        return len(self._made)
+
     def __enter__(self) -> "ImageFolder":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Remove what was written if something went wrong."""
-        if kind is None:
-            return
-        for path in self._made:
-            path.unlink(missing_ok=True)
-        if self._made_folder:
-            self.folder.rmdir()
+        if kind is not None:
+            self.remove_from(0)
+
+    def remove_from(self, count: int) -> None:
+        """Remove all files but the first `count` that were written, and with the last of them the folder."""
+        while self.count > count:
+            self._made.pop().unlink(missing_ok=True)
+        if self._made_folder and not self._made:
+            with contextlib.suppress(OSError):  # it is not there yet, or somebody else put something in
+                self.folder.rmdir()
+            self._made_folder = self.used = False
 
     def take(self, messages: list[dict[str, Any]]) -> list[str]:
         """Turn the URLs of image blocks into paths of files, in place. All of a row's files are written, or none.
@@ -63,8 +74,8 @@ class ImageFolder:
             path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.{extension}"
             if not path.exists():
                 if not self.folder.exists():
-                    self.folder.mkdir()
                     self._made_folder = True
+                    self.folder.mkdir()
                 with atomic_write(path, "wb") as file:
                     self._made.append(path)
                     file.write(data)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from mistral_ft.distributed import first_to_fail, lost_another
+
 # The operating system's ways to say that a disk takes no more.
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
@@ -64,10 +66,11 @@ def run_step(main: Callable[[], int | None]) -> None:
     """Run an entry point and exit: 0 or what `main` returns, 2 on a user's mistake, 130 on Ctrl-C.
 
     A user's mistake (`UserError`, or the operating system refusing a file) ends in one line on stderr. Anything else
-    is our bug and keeps its traceback.
+    is our bug and keeps its traceback. Of several processes, the first one that fails says so.
     """
     # What a scheduler sends is cleaned up after like Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -85,9 +88,14 @@ def run_step(main: Callable[[], int | None]) -> None:
             raise
         code = _fail(f"{error.filename or 'cannot write'}: {error.strerror}", 2)
     except Exception as error:
-        if "No space left on device" not in str(error):  # as safetensors and torch pass it on
+        if "No space left on device" in str(error):  # as safetensors and torch pass it on
+            code = _fail("no space left on the disk", 2)
+        elif lost_another(error):
+            code = _fail("another process of this run has ended; is it killed, or out of memory?", 1)
+        elif first_to_fail("a bug"):
             raise
-        code = _fail("no space left on the disk", 2)
+        else:
+            code = 1
     sys.exit(code)
 
 
@@ -96,5 +104,6 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    if first_to_fail(text):
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return code

@@ -109,7 +109,7 @@ class ModelFolders:
     def load(self, device: torch.device):
         """The model with the adapter, ready to generate: merged into it, beside it with 4-bit weights."""
         folder = find_model_folder(self.base)
-        model = load_base(folder, device, self.four_bit)
+        model = load_base(folder, device, four_bit=self.four_bit)
         if self.adapter and self.four_bit:
             wrapped = self.adapter.put_on(model)
             Seeds(wrapped)  # runs the adapter in the base's dtype, as in training

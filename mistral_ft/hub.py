@@ -41,6 +41,23 @@ def find_model_folder(model_id: str, weights: bool = True) -> Path:
         raise _explain(model_id, error) from error
 
 
+def find_prompt_folders(model: str) -> tuple[Path, Path]:
+    """The folders of a model's tokenizer and of its page settings, which an adapter leaves to its base.
+
+    Args:
+        model: an adapter's folder or checkpoint, or what `find_model_folder` takes; no weights are needed.
+
+    Raises:
+        UserError: if it, or an adapter's base, is not to be found.
+    """
+    folder = find_model_folder(model, weights=False)
+    if not (folder / "adapter_config.json").is_file():
+        return folder, folder
+    base = read_settings(folder / "adapter_config.json").get("base_model_name_or_path")
+    run = folder if (folder / "tokenizer.json").is_file() else folder.parent  # of a checkpoint
+    return run, find_model_folder(str(base), weights=False)
+
+
 def _local_folder(model_id: str) -> Path | None:
     # An adapter names its base as it was given to train, perhaps relative to this toolkit's folder.
     folders = (Path(model_id), Path(__file__).parents[1] / model_id)

@@ -29,6 +29,7 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
 from mistral_ft.attention import PACKED
+from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 
@@ -148,10 +149,14 @@ def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(trained and torch.is_grad_enabled())
 
 
-def load_base(folder: str | os.PathLike, device: torch.device, four_bit: bool = False) -> PreTrainedModel:
+def load_base(
+    folder: str | os.PathLike, device: torch.device, sharded: bool = False, four_bit: bool = False
+) -> PreTrainedModel:
     """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
 
     Args:
+        sharded: leave each of several processes a share of the text layers; the GPU never holds more than that and
+            one whole layer.
         four_bit: round the text layers' weights to 4 bits, as QLoRA does (Dettmers et al. 2023): NF4 in blocks of 64
             with scales that are rounded to 8 bits themselves, 0.52 bytes a weight; products are made in bf16.
 
@@ -174,7 +179,7 @@ def load_base(folder: str | os.PathLike, device: torch.device, four_bit: bool = 
         model, report = model_class.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device} if device.type == "cuda" else None,
+            device_map={"": device} if device.type == "cuda" and not sharded else None,
             **rounding,
             use_safetensors=True,
             output_loading_info=True,
@@ -194,7 +199,43 @@ def load_base(folder: str | os.PathLike, device: torch.device, four_bit: bool = 
         # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
         model.model.__class__ = page_class
         model.config.vision_config._attn_implementation = PACKED
+    if sharded:
+        shard_layers(model, device)
     return model
+
+
+def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a frozen model to the device, of each text layer this process's share (FSDP2).
+
+    Layers are made whole for the moment they run, in forward and in backward. The text layers are 93 % of the 24B;
+    embeddings, head, vision tower and projector stay whole. An adapter that is added later is whole too, so that it is
+    saved, resumed and optimised as on one GPU. (accelerate's FSDP would turn the base to fp32 and shard the adapter.)
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    text = text_model(model)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    model.requires_grad_(False)
+    for layer in text.layers:
+        fully_shard(layer.to(device), mesh=mesh)
+    # The root, which has the next layer fetched while one runs.
+    fully_shard(text, mesh=mesh, ignored_params={*text.embed_tokens.parameters(), *text.norm.parameters()})
+    for module in (text.embed_tokens, text.norm, text.rotary_emb, model.lm_head):
+        module.to(device)
+    if text is not model.model:
+        model.model.vision_tower.to(device)
+        model.model.multi_modal_projector.to(device)
+
+
+def held_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the model's parameters in this process, and of all of them."""
+    held = whole = 0
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        held += local.numel() * local.element_size()
+        whole += parameter.numel() * parameter.element_size()
+    return held, whole
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
@@ -275,9 +316,11 @@ def limit_gib(device: torch.device) -> float:
 
 
 def print_peak_memory(device: torch.device) -> None:
-    """Say how much memory torch had reserved on the GPU, at most; nothing on a CPU."""
+    """Say how much memory torch had reserved on the GPU, at most, of several processes on each; nothing on a CPU."""
     if device.type == "cuda":
-        print(f"Peak GPU memory {torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB")
+        peaks = gather(torch.cuda.max_memory_reserved(device) / 2**30)
+        each = f" (by process: {', '.join(f'{peak:.1f}' for peak in peaks)})" if len(peaks) > 1 else ""
+        print(f"Peak GPU memory {max(peaks):.1f} GiB{each}")
 
 
 def quiet_libraries() -> None:

@@ -4,12 +4,12 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Colours that stand for the page's, which replace them in the SVG.
 INK, MUTED, LINE, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -104,6 +104,18 @@ def slices_plot(names: list[str], slices: list[dict[str, Any]], overall: float) 
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _legend(axes)
         return _svg(figure, "Accuracy by slice")
+
+
+def histogram(values: Sequence[int], title: str) -> str:
+    """How many rows have how many tokens."""
+    with _style():
+        figure, axes = _axes(4.2, 2.8)
+        axes.hist(values, bins=min(40, max(values) - min(values) + 1), color=ACCENT)
+        axes.set(xlabel="tokens", ylabel="rows", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="x", visible=False)
+        return _svg(figure, f"{title}: tokens against rows")
 
 
 @contextlib.contextmanager

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.fsdp import FSDPModule
 
 from mistral_ft.arguments import SpeedArguments
 from mistral_ft.attention import PACKED
 from mistral_ft.data import RecordDataset, RecordSize
+from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.layers import LayerRunner, set_up_compiler
 from mistral_ft.model import limit_gib, text_model
-from mistral_ft.packing import choose_length, pack, round_up
+from mistral_ft.packing import activation_bytes, choose_length, pack, round_up
 from mistral_ft.training import FinetuneTrainer
 
 # Packed sequences on a CPU, where memory sets no limit, are as long as on an 80 GB card.
@@ -26,17 +28,12 @@ SPARE_GIB = 0.75
 
 
 def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
-    """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word.
-
-    A compiled layer keeps the MLP's two wide products and twice the hidden state of each token in bf16 (measured on the
-    24B: 148 KB a token and layer). Beside that there is the layer at work: 1 MB a token.
-    """
+    """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word."""
     config = model.get_base_model().config.get_text_config()
-    kept = 2 * (2 * config.intermediate_size + 2 * config.hidden_size) * config.num_hidden_layers
-    at_work = 2 * (9 * config.intermediate_size + config.hidden_size * config.num_hidden_layers)
+    kept, at_work = activation_bytes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Still to come for what is trained: gradients and Adam's two moments in fp32.
-    free = limit_gib(device) * 2**30 - torch.cuda.memory_allocated(device) - 12 * trained
+    free = min(gather(limit_gib(device) * 2**30 - torch.cuda.memory_allocated(device) - 12 * trained))
     return int((free - (SPARE_GIB + 1) * 2**30) / (kept + at_work))
 
 
@@ -117,7 +114,7 @@ class Preflight:
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         weights = [p.detach().cpu().clone() for p in parameters]
         optimizer = self.trainer.create_optimizer()
-        limit = limit_gib(self.device) - SPARE_GIB
+        limit = min(gather(limit_gib(self.device))) - SPARE_GIB
         try:
             trials = (
                 [self.run(fixed, False)] if fixed is not None else plan_layers(self.runners[0].count, limit, self.run)
@@ -149,7 +146,9 @@ class Preflight:
                     seconds = time.perf_counter() - started
             peak = torch.cuda.max_memory_reserved(self.device) / 2**30
         except torch.OutOfMemoryError:
-            pass
+            for module in self.trainer.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         except TorchDynamoException as error:
             if not self.runners[0].compiled:
                 raise
@@ -159,7 +158,11 @@ class Preflight:
             return self.run(recomputed, offloaded)
         finally:
             self.trainer.optimizer.zero_grad(set_to_none=True)
-        trial = Trial(recomputed, offloaded, peak, seconds)
+        # What does not fit on one of several GPUs fits on none; the slowest sets the time.
+        everyones = gather((peak, seconds))
+        peaks = [peak for peak, _ in everyones]
+        peak = None if None in peaks else max(peaks)
+        trial = Trial(recomputed, offloaded, peak, max(seconds for _, seconds in everyones))
         print(trial, flush=True)
         return trial
 
@@ -223,7 +226,8 @@ def plan_training(
     if packing and lengths == [None]:
         most = tokens_without_recomputation(model, args.device) if on_gpu else TOKENS_ON_CPU
         epochs = args.num_train_epochs if args.max_steps < 0 else math.inf
-        shortest, chosen = round_up(max(tokens)), choose_length(tokens, most, epochs, args.gradient_accumulation_steps)
+        at_once = args.gradient_accumulation_steps * world_size()
+        shortest, chosen = round_up(max(tokens)), choose_length(tokens, most, epochs, at_once)
         lengths = [chosen, shortest] if shortest < chosen else [chosen]
     for length in lengths:
         if packing and max(tokens) > length:

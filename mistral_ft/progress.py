@@ -6,9 +6,11 @@ import time
 
 from tqdm import tqdm
 
+from mistral_ft.distributed import rank
+
 
 class Progress:
-    """Shows count, rate and time left.
+    """Shows count, rate and time left; of several processes, the first one's.
 
     Args:
         description: what is done, such as "training".
@@ -22,7 +24,8 @@ class Progress:
         self.description, self.unit, self.seconds = description, unit, seconds
         self.before = done
         self.started, self.printed = time.perf_counter(), -math.inf
-        self.bar = tqdm(total=total, initial=done, desc=description, unit=unit, disable=None, dynamic_ncols=True)
+        hidden = True if rank() else None  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc=description, unit=unit, disable=hidden, dynamic_ncols=True)
         self.done, self.total = done, total
 
     def update(self, count: int = 1, text: str = "") -> None:
@@ -31,11 +34,14 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(count)
         now = time.perf_counter()
-        if self.bar.disable and (now - self.printed >= self.seconds or self.done >= self.total):
-            self.printed = now
+        if rank() == 0 and self.bar.disable and (now - self.printed >= self.seconds or self.done >= self.total):
+            parts = [f"{self.unit} {self.done}/{self.total}", text]
             rate = (self.done - self.before) / (now - self.started)
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            parts = [f"{self.unit} {self.done}/{self.total}", text, f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            # The first line comes at once, when what was started tells nothing about the pace.
+            if rate and (self.printed > -math.inf or self.done >= self.total):
+                left = tqdm.format_interval((self.total - self.done) / rate)
+                parts += [f"{rate:.3g} {self.unit}s/s", f"{left} left"]
+            self.printed = now
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     @staticmethod

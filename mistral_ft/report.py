@@ -35,6 +35,39 @@ def report(
         folds: what normalised accuracy folds.
         examples: wrong rows to show, as `mistakes.example_of` gives them.
     """
+    slices = list(result.get("slices", {}).items())
+    plotted = slices[:MOST_SLICES_PLOTTED]
+    return (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            file=visible(str(file), 200),
+            result=result,
+            folded=folded(folds),
+            kinds=KINDS,
+            confusions=confusions_by_name(result["wrong"]),
+            rows={ROWS[what]: lines for what, lines in result["rows"].items() if lines},
+            slices=slices,
+            fields=worst_fields(result["json"]) if "json" in result else [],
+            most_rows=MOST_TABLE_ROWS,
+            review=review_sentence(result["confidence"]) if "confidence" in result else "",
+            examples=[_with_diff(shown) for shown in examples],
+            changed=_changed(result["comparison"], file) if "comparison" in result else {},
+            slices_plot=Markup(
+                plots.slices_plot(
+                    [visible(n, 32) for n, _ in plotted], [part for _, part in plotted], result["accuracy"]
+                )
+            )
+            if plotted
+            else "",
+            reliability_plot=Markup(plots.reliability_plot(result["confidence"])) if "confidence" in result else "",
+            risk_coverage_plot=Markup(plots.risk_coverage_plot(result["confidence"])) if "confidence" in result else "",
+        )
+    )
+
+
+def templates() -> Environment:
+    """What makes pages: every text is escaped, and a name that a template does not know is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,29 +76,7 @@ def report(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "number": "{:,}".format, "visible": visible, "lines": name_lines}
-    slices = list(result.get("slices", {}).items())
-    plotted = slices[:MOST_SLICES_PLOTTED]
-    return environment.get_template("report.html.jinja").render(
-        file=visible(str(file), 200),
-        result=result,
-        folded=folded(folds),
-        kinds=KINDS,
-        confusions=confusions_by_name(result["wrong"]),
-        rows={ROWS[what]: lines for what, lines in result["rows"].items() if lines},
-        slices=slices,
-        fields=worst_fields(result["json"]) if "json" in result else [],
-        most_rows=MOST_TABLE_ROWS,
-        review=review_sentence(result["confidence"]) if "confidence" in result else "",
-        examples=[_with_diff(shown) for shown in examples],
-        changed=_changed(result["comparison"], file) if "comparison" in result else {},
-        slices_plot=Markup(
-            plots.slices_plot([visible(n, 32) for n, _ in plotted], [part for _, part in plotted], result["accuracy"])
-        )
-        if plotted
-        else "",
-        reliability_plot=Markup(plots.reliability_plot(result["confidence"])) if "confidence" in result else "",
-        risk_coverage_plot=Markup(plots.risk_coverage_plot(result["confidence"])) if "confidence" in result else "",
-    )
+    return environment
 
 
 def percent(share: float | None, digits: int = 1) -> str:

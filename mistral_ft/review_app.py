@@ -427,7 +427,7 @@ def pages_of(reference: str) -> list[str]:
 
 def label(reference: str) -> str:
     """What the page calls an image."""
-    return "image within the record" if is_data_url(reference) else reference[:300]
+    return "embedded image" if is_data_url(reference) else reference[:300]
 
 
 def shown_message(message: Any) -> dict[str, Any]:

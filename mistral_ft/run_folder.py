@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.arguments import changed_fields
+from mistral_ft.checkpoints import fault, newest_first, newest_sound, step_of
+from mistral_ft.distributed import rank, world_size
 from mistral_ft.errors import UserError
-from mistral_ft.files import fsync_path, read_json, read_settings, settle, sha256_file, write_json
+from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
 from mistral_ft.model_card import write_model_card
 from mistral_ft.prompt import save_prompt_files
 from mistral_ft.rows import data_files
@@ -76,6 +78,7 @@ class Run:
         write_json(
             self.folder / RUN_FILE,
             {
+                "number": 1 + max((number for number, _ in _runs(self.folder.parent)), default=0),
                 "base_model": settings["model"].model_id,
                 "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
                 "resume": _describe(settings),
@@ -93,24 +96,40 @@ class Run:
 
     @classmethod
     def resume(cls, path: str | os.PathLike, settings: dict[str, Any]) -> "Run":
-        """Continue the run of a checkpoint, or of a run folder's newest complete checkpoint.
+        """Continue the run of a checkpoint, or of a run folder's newest sound checkpoint.
 
         Raises:
             UserError: if there is none, or the data, the base or the adapter's settings are not those of the run.
         """
         checkpoint = find_checkpoint(path)
         folder = checkpoint.parent
-        written, now = read_run(folder), _describe(settings)
-        changed = [
-            name
-            for part in ("base_model", "load_in_4bit", "data", "images_dir", "lora", "speed", "training")
-            for name in _differences(part, written.get("resume", {}).get(part), now[part])
-        ]
-        if changed:
+        if changed := _changes(read_run(folder), _describe(settings)):
             raise UserError(
                 f"{folder}: cannot be continued with another {', '.join(changed)}; its own are in its {RUN_FILE}"
             )
         return cls(folder, checkpoint)
+
+    @classmethod
+    def resume_newest(cls, output_dir: str | os.PathLike, settings: dict[str, Any]) -> "Run | None":
+        """Continue the newest run with the same settings that has a sound checkpoint; None if there is none.
+
+        Raises:
+            UserError: if the newest run of this data's name is unfinished, and its data has been edited.
+        """
+        now = _describe(settings)
+        names = [str(file) for path in settings["data"].dataset for file in data_files(path)]
+        for _, folder in sorted(_runs(output_dir), reverse=True):
+            written = read_run(folder)
+            changed = _changes(written, now)
+            finished = (folder / ADAPTER_CONFIG).exists() or not newest_first(folder)
+            if changed == ["data"] and not finished and [file["path"] for file in written["data"]["files"]] == names:
+                raise UserError(
+                    f"{', '.join(names)}: edited since {folder} was stopped; put back what it was, or start anew "
+                    "without --resume_from_checkpoint"
+                )
+            if not changed and (checkpoint := newest_sound(folder)):
+                return cls(folder, checkpoint)
+        return None
 
     @property
     def pack_length(self) -> int | None:
@@ -119,7 +138,8 @@ class Run:
 
     @pack_length.setter
     def pack_length(self, length: int | None) -> None:
-        write_json(self.folder / RUN_FILE, read_run(self.folder) | {"pack_length": length})
+        if rank() == 0:
+            write_json(self.folder / RUN_FILE, read_run(self.folder) | {"pack_length": length})
 
     @contextlib.contextmanager
     def cleaned_up_if_useless(self) -> Iterator[None]:
@@ -127,7 +147,9 @@ class Run:
         try:
             yield
         except BaseException:
-            if any(map(_is_complete, self.folder.glob("checkpoint-*"))):
+            if rank():
+                pass
+            elif newest_first(self.folder):
                 print(f"Continue with --resume_from_checkpoint {self.folder}", file=sys.stderr)
             elif not (self.folder / ADAPTER_CONFIG).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -135,6 +157,8 @@ class Run:
 
     def save_adapter(self, model: Any) -> None:
         """Write a peft model's adapter and its card into the folder; adapter_config.json, which makes it one, last."""
+        for left in self.folder.glob(".*"):  # what a killed process left of earlier tries
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".adapter.") as temporary:
             model.save_pretrained(temporary)
             config = read_settings(Path(temporary) / ADAPTER_CONFIG)
@@ -147,7 +171,10 @@ class Run:
 
 
 # TrainingArguments that change nothing of what is learned.
-FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_")
+FREE_TO_CHANGE = (
+    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "save_total_limit", "dataloader_num_workers",
+    "dataloader_p", "ddp_",
+)  # fmt: skip
 
 
 def _describe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -160,16 +187,38 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
         "lora": _json(changed_fields(settings["lora"])),
-        "speed": {name: value for name, value in changed_fields(settings["speed"]).items() if name != "compile"},
+        "speed": {
+            name: value
+            for name, value in changed_fields(settings["speed"]).items()
+            if name not in ("compile", "shard_base")  # the same numbers, computed elsewhere
+        },
         "training": {name: value for name, value in training.items() if not name.startswith(FREE_TO_CHANGE)},
+        "processes": world_size(),
     }
+
+
+def _changes(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a run's description is another now."""
+    then = {"processes": 1} | run.get("resume", {})  # runs of several processes say how many
+    return [name for part in now for name in _differences(part, then.get(part), now[part])]
 
 
 def _differences(part: str, then: Any, now: Any) -> list[str]:
     """Names of what differs: flags for dictionaries of them, else the part's own name."""
     if isinstance(then, dict):
         return [f"--{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-    return [part.replace("_", " ")] if then != now else []
+    names = {"base_model": "base model", "processes": f"number of processes ({then})"}
+    names |= {"images_dir": "--images_dir", "load_in_4bit": "--load_in_4bit"}
+    return [names.get(part, part)] if then != now else []
+
+
+def _runs(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """The runs in a folder, each with its number: clocks can be set back, numbers only grow."""
+    found = []
+    for path in Path(output_dir).glob(f"*/{RUN_FILE}"):
+        with contextlib.suppress(ValueError, TypeError):  # not a run of ours
+            found.append((int(read_run(path.parent).get("number", 0)), path.parent))
+    return found
 
 
 def hash_files(paths: Sequence[str | os.PathLike]) -> list[dict[str, str]]:
@@ -201,21 +250,16 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         UserError: if there is none.
     """
     path = Path(path)
-    candidates = [path] if path.name.startswith("checkpoint-") else list(path.glob("checkpoint-*"))
-    complete = [folder for folder in candidates if _is_complete(folder)]
-    if not complete or not (find_run_folder(complete[0]) / RUN_FILE).is_file():
+    if step_of(path) < 0:
+        checkpoint = newest_sound(path) if (path / RUN_FILE).is_file() else None
+    else:
+        problem = fault(path)
+        if problem:
+            raise UserError(f"{path}: cannot be continued from, {problem}; give its run folder for the one before it")
+        checkpoint = path
+    if checkpoint is None or not (checkpoint.parent / RUN_FILE).is_file():
         raise UserError(f"{path}: holds no complete checkpoint to resume from; give a run folder such as output/<name>")
-    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has all it takes to continue; the trainer's state is written last and must be whole."""
-    needed = (ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
-    try:
-        read_json(checkpoint / "trainer_state.json")
-    except (OSError, ValueError):
-        return False
-    return checkpoint.name.rpartition("-")[2].isdigit() and all((checkpoint / name).is_file() for name in needed)
+    return checkpoint
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:

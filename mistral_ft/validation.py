@@ -33,6 +33,7 @@ from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_conv
 from mistral_ft.references import is_data_url, resolve, split_page
 from mistral_ft.rows import count_rows, parse_line, read_rows
 
+MOST_EXAMPLES = 10  # of each kind of problem, for the report
 CHUNK = 16  # lines that a worker gets at a time
 LOOK_ALIKE = re.compile("|".join(map(re.escape, CONTROL_TOKEN_NAMES)))
 
@@ -118,9 +119,9 @@ class RowChecker:
         self._open = functools.lru_cache(1024)(self._open_page)
 
     @classmethod
-    def from_folder(cls, folder: Path, max_seq_length: int) -> "RowChecker":
-        """A checker for a model's folder; raises UserError if its tokenizer or page settings cannot be used."""
-        return cls(PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder), max_seq_length)
+    def from_folders(cls, prompt: Path, pages: Path, max_seq_length: int) -> "RowChecker":
+        """A checker for a model's tokenizer and page settings; raises UserError if they cannot be used."""
+        return cls(PromptEncoder.from_folder(prompt), ImageFitter.from_folder(pages), max_seq_length)
 
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
@@ -263,11 +264,11 @@ def _key(text: str) -> int:
 _checker: RowChecker  # a worker's own
 
 
-def _start_worker(folder: Path | None, max_seq_length: int) -> None:
+def _start_worker(folders: tuple[Path, Path] | None, max_seq_length: int) -> None:
     global _checker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     warnings.simplefilter("ignore")  # Pillow's, which name no file
-    _checker = RowChecker.from_folder(folder, max_seq_length) if folder else RowChecker()
+    _checker = RowChecker.from_folders(*folders, max_seq_length) if folders else RowChecker()
 
 
 def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked | None]:
@@ -275,12 +276,12 @@ def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked
 
 
 def check_files(
-    sources: Sequence[Source], folder: Path | None, max_seq_length: int
+    sources: Sequence[Source], folders: tuple[Path, Path] | None, max_seq_length: int
 ) -> Iterator[tuple[Source, int, bytes, Checked]]:
     """Check files in parallel, with a progress bar.
 
     Args:
-        folder: of a model, as for `RowChecker.from_folder`; None leaves out tokens and the size pages are fed at.
+        folders: of a model, as for `RowChecker.from_folders`; None leaves out tokens and the size pages are fed at.
 
     Yields:
         For every line that is not blank, in order: its file, its number from 1, the line itself, what was found.
@@ -291,7 +292,7 @@ def check_files(
     progress = Progress("checking", sum(count_rows(source.path) for source in sources), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, max_seq_length))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
     window = collections.deque()
 
     def take() -> Iterator[tuple[Source, int, bytes, Checked]]:
@@ -368,6 +369,22 @@ class Tally:
         """`file:line` of a row, counted from 0."""
         return f"{self.sources[self._file[row]].path}:{self._line[row]}"
 
+    def lengths(self) -> array:
+        """Tokens of the rows to train."""
+        sums = self.tokens.sum(1, dtype=np.uint32)
+        return array("I", sums[(sums > 0) & ~self._is_eval()].tobytes())
+
+    def longest(self, count: int = 5) -> list[tuple[str, int]]:
+        """(Place, tokens) of the longest rows."""
+        sums = self.tokens.sum(1)
+        rows = np.argsort(-sums.astype(np.int64), kind="stable")[:count]
+        return [(self.place(row), int(sums[row])) for row in rows if sums[row]]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Of each row, (prompt without images, images, answer); zeros where they were not counted."""
+        return np.frombuffer(self._tokens, np.uint32).reshape(-1, 3)
+
     def _is_eval(self) -> np.ndarray:
         return np.array([source.is_eval for source in self.sources])[np.frombuffer(self._file, np.uint16)]
 
@@ -419,16 +436,14 @@ class Tally:
     def summary(self, fitter: ImageFitter | None) -> Iterator[str]:
         """Lines for people: rows, images, and with a model tokens, the longest rows and the size pages are fed at."""
         yield f"{self.rows:,} rows, {self.images:,} images"
-        tokens = np.frombuffer(self._tokens, np.uint32).reshape(-1, 3)
+        tokens = self.tokens
         counted = np.flatnonzero(tokens[:, 0])
         if len(counted):
             yield f"{'tokens':8}{'min':>9}{'median':>9}{'95 %':>9}{'max':>9}"
             for name, column in zip(("prompt", "images", "answer"), tokens.T, strict=True):
                 figures = np.percentile(column[counted], (0, 50, 95, 100), method="nearest")
                 yield f"{name:8}" + "".join(f"{figure:9,}" for figure in figures)
-            sums = tokens.sum(1)
-            longest = np.argsort(-sums.astype(np.int64), kind="stable")[:5]
-            yield "The longest rows: " + ", ".join(f"{self.place(r)} ({sums[r]:,})" for r in longest if sums[r])
+            yield "The longest rows: " + ", ".join(f"{place} ({count:,})" for place, count in self.longest())
         if fitter and self.images:
             sizes = np.frombuffer(self._page_size, np.uint32).reshape(-1, 2)
             order = np.argsort(sizes.prod(1, dtype=np.uint64), kind="stable")
@@ -446,6 +461,17 @@ class Tally:
         )
         for kind, count in sorted(self.counts.items(), key=lambda item: (not item[0].fatal, -item[1])):
             yield f"  {'fatal' if kind.fatal else 'warning':7} {count:9,}  {kind.name}"
+
+
+class Examples:
+    """The first problems of each kind, with their places."""
+
+    def __init__(self):
+        self.found: dict[Kind, list[tuple[str, Problem]]] = collections.defaultdict(list)
+
+    def add(self, place: str, problem: Problem) -> None:
+        if len(self.found[problem.kind]) < MOST_EXAMPLES:
+            self.found[problem.kind].append((place, problem))
 
 
 def _pairs(keys: np.ndarray) -> Iterator[tuple[int, int]]:

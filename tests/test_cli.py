@@ -36,7 +36,7 @@ def test_every_flag_of_train_is_one_of_these():
         "lora_alpha",
         "lora_dropout", "num_lora_modules", "lora_modules_truncate_tail", "lora_modules_truncate_offset", "use_dora",
         "vision_lora", "freeze_vision_tower", "train_projector", "vision_lr", "projector_lr",
-        "packing", "pack_length", "compile",
+        "packing", "pack_length", "compile", "shard_base", "save_minutes",
     }  # fmt: skip
 
 
@@ -95,9 +95,10 @@ def test_vision_flags_without_a_page(train, pages):
     assert line == "--vision_lora and --train_projector have no effect: no record has an image"
 
 
-def test_more_than_one_process(train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "training runs in one process, on one GPU" in train()
+def test_a_base_is_not_sharded_over_one_process(train):
+    assert train("--shard_base", True) == (
+        "--shard_base True needs several processes: start them with torchrun --nproc_per_node"
+    )
 
 
 def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, monkeypatch):
@@ -118,14 +119,13 @@ def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, mo
 
 
 def test_termination_is_cleaned_up_after_like_an_interrupt(run_cli, pages, tmp_path, monkeypatch):
-    from mistral_ft import training
+    from mistral_ft import preflight
 
-    monkeypatch.setattr(
-        training.FinetuneTrainer, "training_step", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    monkeypatch.setattr(preflight, "pack", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = run_cli(
-        "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output"
-    )
+        "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output",
+        "--packing", True,
+    )  # fmt: skip
     assert code == 130
     assert err.endswith("error: terminated\n")
     assert not any((tmp_path / "output").iterdir())

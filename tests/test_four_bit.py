@@ -111,7 +111,7 @@ def test_the_adapter_is_run_on_the_rounded_base(base, data, train_tiny, run_cli,
     ids = torch.tensor([encoder.encode(last["messages"])[0]])
     best = {}
     for four_bit in (True, False):
-        model = Adapter(run).put_on(load_base(base, CPU, four_bit)).eval()
+        model = Adapter(run).put_on(load_base(base, CPU, four_bit=four_bit)).eval()
         with torch.no_grad():
             best[four_bit] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
     code, _, err = run_cli("predict", data, run, "-o", "one.jsonl", "--max_new_tokens", 1)
@@ -128,7 +128,7 @@ def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_
         "--lora_dropout", "0", *flags, "--resume_from_checkpoint", run, "--load_in_4bit", "True",
     )  # fmt: skip
     assert code == 2
-    assert "cannot be continued with another load in 4bit" in err
+    assert "cannot be continued with another --load_in_4bit" in err
 
 
 def test_without_bitsandbytes_the_way_to_get_it_is_said(base, data, run_cli, tmp_path, monkeypatch):

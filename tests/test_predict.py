@@ -138,7 +138,9 @@ def test_a_row_with_a_bad_page_gets_an_error_and_the_others_go_on(pages, run, ru
     assert [("error" in r, "actual" in r) for r in rows] == [
         (i in (2, 4), i not in (2, 4)) for i in range(8)
     ]  # fmt: skip
-    assert rows[4]["error"] == f"image {pages / '4.png'} cannot be opened: no image format that Pillow knows"
+    assert (
+        rows[4]["error"] == f"image {pages / '4.png'} cannot be opened: no PDF, and no image format that Pillow knows"
+    )
 
 
 def test_a_bad_record_stops_predict_before_the_model_is_loaded(pages, run, run_cli, tmp_path):

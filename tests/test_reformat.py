@@ -412,6 +412,19 @@ def test_nothing_is_left_of_images_where_nothing_is_written(tmp_path, run_cli):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_images_of_rows_that_are_dropped_go(tmp_path, run_cli):
+    """The second row's image is the first one's and stays; the third has one of its own."""
+    for number in (5, 6):
+        make_page(tmp_path / f"{number}.png", number)
+    five, six = (data_url(tmp_path / f"{number}.png") for number in (5, 6))
+    rows = [PAIR | {"image": five}, {"prompt": "Q", "response": 7, "image": five}, PAIR | {"image": [six, "gone.png"]}]
+    path, out = write_jsonl(tmp_path / "in.jsonl", [*rows, PAIR, PAIR | {"prompt": "Q2"}]), tmp_path / "new.jsonl"
+    code, stdout, _ = run_cli("reformat_data", path, out, "--split", "0.5")
+    assert code == 0
+    assert "5 rows read, 3 written, 2 dropped" in stdout
+    assert [file.read_bytes() for file in (tmp_path / "new-images").iterdir()] == [(tmp_path / "5.png").read_bytes()]
+
+
 def test_image_paths_and_another_folder(tmp_path, run_cli):
     (tmp_path / "new").mkdir()
     make_page(tmp_path / "a.png", 5)

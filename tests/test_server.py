@@ -1,5 +1,6 @@
 """The review server: what it answers, what it keeps, and what it refuses."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -671,6 +672,28 @@ class TestPages:
         assert client.get("/api/image?row=0&image=1&page=3").status_code == 422
         assert client.get("/api/image?row=0&image=9&page=0").status_code == 404
 
+    def test_pages_that_references_name(self, serve, folder):
+        sheets = [Image.new("L", (30 + 10 * k, 20), 50 * k) for k in range(3)]
+        sheets[0].save(folder / "many.tif", save_all=True, append_images=sheets[1:])
+        url = f"data:image/png;base64,{base64.b64encode((folder / 'deep/a.png').read_bytes()).decode()}"
+        client = serve([row(0, "A", ["many.tif#page=2-3", url, "many.tif#page=4", "many.tif#page=x"])], images=folder)
+        found = client.get("/api/images?row=0").json()["images"]
+        assert found[:3] == [
+            {"name": "many.tif#page=2", "pages": [[40, 20]]},
+            {"name": "many.tif#page=3", "pages": [[50, 20]]},
+            {"name": "embedded image", "pages": [[84, 56]]},
+        ]
+        assert "it has no page 4, the last is 3" in found[3]["error"]
+        assert "`image` must name pages as" in found[4]["error"]
+        with Image.open(io.BytesIO(client.get("/api/image?row=0&image=1&page=0").content)) as shown:
+            assert shown.size == (50, 20)
+            assert shown.convert("L").getpixel((5, 5)) == 100
+        answer = client.get("/api/image?row=0&image=2&page=0")
+        assert answer.content == (folder / "deep/a.png").read_bytes()
+        assert answer.headers["content-type"] == "image/png"
+        texts = [text for _, text in client.get("/api/row?row=0").json()["messages"][0]["blocks"]]
+        assert texts == ["Title?", "many.tif#page=2-3", "embedded image", "many.tif#page=4", "many.tif#page=x"]
+
     def test_large_pages_are_scaled_down(self, folder, monkeypatch):
         monkeypatch.setattr("mistral_ft.review_pages.MOST_PIXELS", 1000)
         data, _ = render_page(f"{folder}/deep/a.png", 0)
@@ -715,6 +738,7 @@ OUTSIDE = [
     "%2e%2e/secret.png", "..%2fsecret.png", "%2e%2e%2fsecret.png", "..%252fsecret.png", "..%c0%afsecret.png",
     "....//secret.png", "\u2025/secret.png", "．．/secret.png", "..\u2215secret.png", "a.png\0.jpg", "\0", "", ".",
     "..", "~/secret.png",
+    "../secret.png#page=1", "link.png#page=1", "renamed.png", "/etc/passwd#page=1", "a.png#page=1/../../secret.png",
     "file:///etc/passwd", "http://127.0.0.1/x.png", "data:image/png;base64,AAAA", "/etc/passwd", "/proc/self/environ",
     "../secret.parquet#row=0&column=image", "linked/secret.parquet#row=0&column=image",
     "paths.parquet#row=0&column=image",
@@ -735,6 +759,10 @@ class TestAttacks:
         (tmp_path / "p.txt").write_text(SECRET)
         (folder / "link.png").symlink_to(tmp_path / "secret.png")
         (folder / "linked").symlink_to(tmp_path)
+        (folder / "link.png#page=1").write_bytes(
+            (folder / "a.png").read_bytes()
+        )  # read as a page of link.png, it would lead out
+        (folder / "renamed.png").symlink_to(folder / "link.png#page=1")
         (folder / "loop.png").symlink_to(folder / "loop.png")
         paths = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
         pyarrow.parquet.write_table(pyarrow.table({"image": paths}), folder / "paths.parquet")

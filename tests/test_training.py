@@ -233,7 +233,6 @@ def gradients_of_a_step(make_trainer, batch_size, accumulation):
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=1, max_grad_norm=1e9
     )
     trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, [0, 5, 6, 7])
-    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
     found = {}
 
     class Keep(trainer_callback()):
@@ -332,13 +331,26 @@ def test_a_part_that_learns_nothing_stops_the_run(make_trainer):
         trainer.train()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(make_trainer):
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run(make_trainer, pages, broken):
     trainer = make_trainer(max_steps=2)
-    trainer.compute_loss = lambda model, inputs, **k: (
-        FinetuneTrainer.compute_loss(trainer, model, inputs) * float("nan")
-    )
-    with pytest.raises(UserError, match="the loss is nan at step 1; start again, lower --learning_rate"):
+
+    def loss(model, inputs, **kwargs):
+        right = FinetuneTrainer.compute_loss(trainer, model, inputs)
+        if broken == "gradient":
+            right.register_hook(lambda gradient: gradient * float("inf"))
+        return right if broken == "gradient" else right * float("nan")
+
+    trainer.compute_loss = loss
+    before = [parameter.detach().clone() for parameter in trainer.trained]
+    with pytest.raises(UserError) as stop:
         trainer.train()
+    # Of seed 42 the first record is the seventh.
+    assert str(stop.value).endswith(
+        f"of step 1 is no finite number, the step was not made; its records: {pages / 'train.jsonl'}:7; look at them, "
+        "or lower --learning_rate"
+    )
+    assert all(map(torch.equal, trainer.trained, before))
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ WARNINGS = {
 
 @pytest.fixture(scope="module")
 def checker():
-    return RowChecker.from_folder(TINY, 2048)
+    return RowChecker.from_folders(TINY, TINY, 2048)
 
 
 def problems(checker, folder, line: bytes, number: int = 2, is_eval: bool = False) -> list[str]:
@@ -583,6 +583,8 @@ def test_the_clean_file_trains_and_says_where_its_images_are(run_cli, pages, tmp
         (["data.jsonl", "--model_id", TINY, "--show", "-1"], "--show -1: must not be negative"),
         (["data.jsonl", "--model_id", TINY, "--max_seq_length", "0"], "--max_seq_length 0: must be at least 1"),
         (["data.jsonl", "--write_clean", "link.jsonl"], "--write_clean link.jsonl: is one of the files to check"),
+        (["data.jsonl", "--report", "link.jsonl"], "--report link.jsonl: is one of the files to check"),
+        (["data.jsonl", "--report", "a", "--write_clean", "a"], "--report and --write_clean are the same file"),
         (["data.jsonl", "--write_clean", "nowhere/a.jsonl"], "nowhere: no such folder to write a.jsonl into"),
         (["--eval", "data.jsonl", "--write_clean", "a.jsonl"], "--write_clean has no effect without a FILE"),
         (["data.jsonl", "sub/data.jsonl", "--write_clean", "a.jsonl"], "--write_clean of files in several folders"),
@@ -602,3 +604,83 @@ def test_a_wrong_command_is_named(run_cli, tmp_path, monkeypatch, arguments, lin
     assert len(err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "link.jsonl", "sub"]
     assert (tmp_path / "data.jsonl").read_bytes() == record()
+
+
+# The report.
+
+
+def test_the_report_shows_what_is_wrong_and_what_is_there(run_cli, folder, tmp_path):
+    lines = [*(shows(f"none-{number}.png") for number in range(12)), shows("low.png"), shows("good.png")]
+    lines.append(record({"role": "user", "content": "<script>alert(1)</script></s>"}, expected="<b>bold</b>", id="<i>"))
+    path = folder / "<u>.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    page = tmp_path / "report.html"
+    code, out, _ = run_cli("validate_data", path, "--model_id", TINY, "--report", page)
+    assert code == 1
+    assert out.endswith(f"Report in {page}\n")
+    html = page.read_text()
+    assert "Train would refuse 12 of 15 rows" in html
+    assert "12 fatal problems, 2 warnings, 2 images." in html
+    assert html.count("none-") == 10
+    assert "… and 2 more; validate_data prints all of them." in html
+    assert "is too small to read" in html
+    assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 1
+    assert html.count("<svg ") == 3
+    assert "&lt;u&gt;.jsonl:13" in html
+    assert not any(tag in html for tag in ("<script", "<u>", "<b>b", "<i>", "http-equiv=refresh", 'src="http'))
+
+
+def test_a_report_on_good_data_and_without_a_model(run_cli, pages, tmp_path):
+    page = tmp_path / "report.html"
+    assert run_cli("validate_data", pages / "train.jsonl", "--report", page)[0] == 0
+    assert "Train takes all 8 rows" in page.read_text()
+    assert "<svg" not in page.read_text()
+
+
+def test_thumbnails_are_those_of_the_pages_that_are_meant_and_not_too_many(run_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mistral_ft.validation_report.MOST_THUMBNAILS", 3)
+    lines = [
+        blocks(
+            {"type": "image", "image": "good.png"}, {"type": "image", "image": "low.png"}, {"type": "text", "text": t}
+        )
+        for t in "abcde"
+    ]
+    (folder / "low.jsonl").write_bytes(b"\n".join(lines))
+    page = tmp_path / "report.html"
+    assert run_cli("validate_data", folder / "low.jsonl", "--report", page)[0] == 0
+    html = page.read_text()
+    assert html.count("<figcaption>low.png</figcaption>") == html.count("<img ") == 3
+
+
+def test_what_the_24b_takes_is_said(run_cli, pages, tmp_path):
+    for path in TINY.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((TINY / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = tmp_path / "report.html"
+    code, out, _ = run_cli("validate_data", pages / "train.jsonl", "--model_id", tmp_path, "--report", page)
+    assert code == 0
+    assert "  all records fit: the longest has 31 tokens, and about 34,000 have room\n" in out
+    assert "all records fit: the longest has 31 tokens" in page.read_text()
+
+
+def test_an_answer_that_the_tokenizer_changes_is_a_warning(folder, tmp_path):
+    for path in TINY.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "NFKC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = problems(RowChecker.from_folders(tmp_path, tmp_path, 2048), folder, record(expected="10 m² ﬁn"))
+    assert found == [
+        "data.jsonl:2: warning: the answer comes back from the tokenizer as '2 fin' at character 5, not as '² ﬁn'"
+    ]
+
+
+def test_an_adapter_counts_tokens_as_its_run_does(run_cli, pages, train_tiny):
+    run = train_tiny(pages / "train.jsonl", "--max_steps", 1, "--save_steps", 1)
+    _, base, _ = run_cli("validate_data", pages / "train.jsonl", "--model_id", TINY)
+    assert "prompt" in base
+    for folder in (run, run / "checkpoint-1"):
+        code, out, err = run_cli("validate_data", pages / "train.jsonl", "--model_id", folder)
+        assert (code, out) == (0, base), err

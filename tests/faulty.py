@@ -1,0 +1,43 @@
+"""Runs train with a fault in one process: python -m tests.faulty FAULT RANK STEP arguments of train…
+
+FAULT: `error` a user's mistake, `bug` an exception, `hang` no more answer, `kill` as `kill -9` does, `term` SIGTERM.
+It happens in the process of that RANK at its training step number STEP, from 1.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from mistral_ft import errors, training
+
+
+def happen(fault: str) -> None:
+    if fault == "error":
+        raise errors.UserError("page 7 is gone")
+    if fault == "bug":
+        raise KeyError("a bug")
+    if fault == "hang":
+        time.sleep(1000)
+    os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGTERM)
+
+
+def main() -> None:
+    fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    training_step, calls = training.FinetuneTrainer.training_step, [0]
+
+    def faulty_step(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == step and int(os.environ.get("RANK", 0)) == rank:
+            happen(fault)
+        return training_step(self, *args, **kwargs)
+
+    training.FinetuneTrainer.training_step = faulty_step
+    import train
+
+    sys.argv = ["train.py", *sys.argv[4:]]
+    errors.run_step(train.main)
+
+
+if __name__ == "__main__":
+    main()

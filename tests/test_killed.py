@@ -1,0 +1,77 @@
+"""A run that is killed again and again ends with the adapter of one that never was."""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+
+from mistral_ft.checkpoints import fault, newest_first
+from tests.conftest import TINY
+
+KILLS = 25
+TRAIN = (
+    "--per_device_train_batch_size", 1, "--max_steps", 40, "--save_steps", 1, "--save_total_limit", 3,
+    "--lora_dropout", 0.1, "--learning_rate", "2e-3",
+)  # fmt: skip
+
+
+def train_in_a_process(arguments: list[str], log) -> int:
+    """Start train as a process of its own, torch imported already: otherwise most kills would hit that."""
+    process = os.fork()
+    if process:
+        return process
+    with contextlib.suppress(BaseException):
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["train.py", *map(str, arguments)]
+        import train
+        from mistral_ft.errors import run_step
+
+        try:
+            run_step(train.main)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)
+    os._exit(99)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(pages, train_tiny, tmp_path):
+    data, output = pages / "train.jsonl", tmp_path / "killed"
+    train_tiny(data, *TRAIN[:2], "--max_steps", 1)  # what is slow the first time
+    started = time.monotonic()
+    expected = (train_tiny(data, *TRAIN) / "adapter_model.safetensors").read_bytes()
+    seconds = time.monotonic() - started
+    arguments = ["--model_id", TINY, "--dataset", data, "--output_dir", output, *TRAIN]
+    arguments += ["--resume_from_checkpoint", "auto"]
+    rng, kills, finished, steps = random.Random(11), 0, 0, set()
+    with open(tmp_path / "log.txt", "w+") as log:
+        while kills < KILLS or not finished:
+            process = train_in_a_process(arguments, log)
+            if kills < KILLS:
+                time.sleep(rng.uniform(0.1, 0.5) * seconds)
+                os.kill(process, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            runs = list(output.iterdir()) if output.exists() else []
+            whole = [checkpoint for run in runs for checkpoint in newest_first(run)]
+            assert [checkpoint for checkpoint in whole if fault(checkpoint)] == []
+            steps.add(max((int(checkpoint.name.split("-")[1]) for checkpoint in whole), default=0))
+            if code == 0:
+                adapters = [path.read_bytes() for path in output.glob("*/adapter_model.safetensors")]
+                assert adapters == [expected]
+                finished += 1
+                os.rename(output, tmp_path / f"finished-{finished}")
+            else:
+                assert code in (-signal.SIGKILL, -signal.SIGTERM, 130)
+                kills += 1
+        log.seek(0)
+        text = log.read()
+    assert "Traceback" not in text
+    assert "passed over" not in text  # a checkpoint has its name when it is whole
+    assert len(steps) > 5  # the moments were not all the same
+    print(f"{kills} kills after {sorted(steps)} steps, {finished} runs finished, all with the same adapter")
