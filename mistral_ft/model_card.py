@@ -18,17 +18,17 @@ USE = {
     "peft": """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import {auto_class}
 
-base = AutoModelForImageTextToText.from_pretrained("{base_model}", dtype="bfloat16")
+base = {auto_class}.from_pretrained("{base_model}", dtype="bfloat16")
 model = PeftModel.from_pretrained(base, "<this folder>")
 ```""",
     "transformers": """\
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {auto_class}, {reader}
 
-model = AutoModelForImageTextToText.from_pretrained("<this folder>", dtype="bfloat16", device_map="auto")
-processor = AutoProcessor.from_pretrained("<this folder>")
+model = {auto_class}.from_pretrained("<this folder>", dtype="bfloat16", device_map="auto")
+{reads} = {reader}.from_pretrained("<this folder>")
 ```
 
 or `vllm serve <this folder>`.""",
@@ -57,12 +57,13 @@ def write_model_card(
     from huggingface_hub import ModelCardData  # slow to import
 
     known = is_hub_id(base_model)
+    sees = (Path(folder) / "preprocessor_config.json").is_file()  # models that read text only have none
     data = ModelCardData(
         base_model=base_model if known else None,  # the hub takes ids only
         library_name=library,
         license=LICENSES.get(base_model),
-        pipeline_tag="image-text-to-text",
-        tags=["mistral3", "lora"],
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        tags=["mistral3" if sees else "mistral", "lora"],
     )
     # A folder's path says more about its owner's machine than about the model.
     base = f"[{base_model}](https://huggingface.co/{base_model})" if known else f"`{Path(base_model).name}`"
@@ -70,7 +71,13 @@ def write_model_card(
     text += ["## Training\n", _table(_training(adapter, run))]
     if scores:
         text += ["## Scores\n", _table(scores)]
-    text += ["## Use\n", USE[library].format(base_model=base_model if known else "<the base>") + "\n"]
+    use = USE[library].format(
+        base_model=base_model if known else "<the base>",
+        auto_class="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
+        reader="AutoProcessor" if sees else "AutoTokenizer",
+        reads="processor" if sees else "tokenizer",
+    )
+    text += ["## Use\n", use + "\n"]
     text += ["The prompt is what the user wrote: no system message is added.\n"]
     with atomic_write(Path(folder) / "README.md") as file:
         file.write("\n".join(text))

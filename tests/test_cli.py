@@ -32,8 +32,8 @@ def test_help_starts_without_torch(step):
 def test_every_flag_of_train_is_one_of_these():
     done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert set(re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)) == {
-        "dataset", "images_dir", "max_image_pixels", "max_seq_length", "model_id", "gpu_memory_gib", "lora_rank",
-        "lora_alpha",
+        "dataset", "images_dir", "max_image_pixels", "max_seq_length", "model_id", "load_in_4bit", "gpu_memory_gib",
+        "lora_rank", "lora_alpha",
         "lora_dropout", "num_lora_modules", "lora_modules_truncate_tail", "lora_modules_truncate_offset", "use_dora",
         "vision_lora", "freeze_vision_tower", "train_projector", "vision_lr", "projector_lr",
         "packing", "pack_length", "compile", "shard_base", "save_minutes",
