@@ -82,21 +82,23 @@ class ModelFolders:
         if not Adapter.is_one(model):
             if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
                 raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls._with_weights(model, find_model_folder(model, weights=False), None, bool(four_bit))
+            return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit)
         adapter = Adapter(model)
         run = find_run_folder(model)
         trained_with = trained_tokenizer(run)
         if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        four_bit = adapter.four_bit if four_bit is None else four_bit
+        four_bit = adapter.four_bit or None if four_bit is None else four_bit
         return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit)
 
     @classmethod
-    def _with_weights(cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool) -> "ModelFolders":
-        four_bit = four_bit or is_four_bit(check_model_folder(folder))
-        if four_bit:
+    def _with_weights(cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool | None) -> "ModelFolders":
+        is_copy = is_four_bit(check_model_folder(folder))
+        if is_copy and four_bit is False:
+            raise UserError(f"--no-load_in_4bit: {folder} holds 4-bit weights only; name the bf16 model they are from")
+        if is_copy or four_bit:
             check_bitsandbytes()
-        return cls(base, folder, adapter, four_bit)
+        return cls(base, folder, adapter, is_copy or bool(four_bit))
 
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's.

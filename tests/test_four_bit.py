@@ -1,6 +1,7 @@
 """Bases rounded to 4 bits: what is rounded, that an adapter learns on it, and what becomes of it afterwards."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("sentencepiece")
 
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft import model as model_module
 from mistral_ft.arguments import LoraArguments
@@ -129,6 +131,29 @@ def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_
     )  # fmt: skip
     assert code == 2
     assert "cannot be continued with another --load_in_4bit" in err
+
+
+def test_a_copy_in_4_bits_is_taken_as_it_is(base, data, train_tiny, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load_base(base, CPU, four_bit=True)
+    model.model.__class__ = Mistral3Model  # as transformers knows it
+    shutil.copytree(base, "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained("copy")
+    for name, folder, flags in (("copy", "copy", []), ("base", base, ["--load_in_4bit"])):
+        code, _, err = run_cli("predict", data, folder, "-o", f"{name}.jsonl", "--max_new_tokens", 4, *flags)
+        assert code == 0, err
+    assert read_rows(tmp_path / "copy.jsonl") == read_rows(tmp_path / "base.jsonl")
+    code, _, err = run_cli("predict", data, "copy", "--no-load_in_4bit")
+    assert (code, "copy holds 4-bit weights only; name the bf16 model they are from" in err) == (2, True)
+
+    run = train_tiny(data, "--model_id", "copy", "--max_steps", 2)
+    code, _, err = run_cli("predict", data, run, "-o", "run.jsonl", "--max_new_tokens", 4)
+    assert code == 0, err
+    code, _, err = run_cli("merge_lora_weights", run, "merged")
+    assert (code, "its weights are quantized (bitsandbytes); give the bf16 model they are from" in err) == (2, True)
+    code, out, err = run_cli("merge_lora_weights", run, "merged", "--base_model", base)
+    assert code == 0, err
+    assert "has learned to make up for that model's rounding" in out
 
 
 def test_without_bitsandbytes_the_way_to_get_it_is_said(base, data, run_cli, tmp_path, monkeypatch):
