@@ -74,7 +74,9 @@ def cut_texts(records: Sequence[Record], encoder: PromptEncoder, max_seq_length:
     """The records, plain texts of more than so many tokens cut into pieces; nothing is lost, and it is said."""
     cut, long, pieces = [], 0, 0
     for record in records:
-        parts = encoder.pieces(record.text, max_seq_length) if record.text is not None else []
+        # A token is at least one byte, but for <s>, </s> and the space that SentencePiece adds.
+        may_be_long = record.text is not None and len(record.text.encode()) + 3 > max_seq_length
+        parts = encoder.pieces(record.text, max_seq_length) if may_be_long else []
         if len(parts) < 2:
             cut.append(record)
             continue
