@@ -2,9 +2,10 @@
 
     python -m merge_lora_weights <name> <output-dir>
 
-<name> is a run in output/, or a path. The folder loads with AutoModelForImageTextToText and needs no peft. Weights keep
-the base's key names, file split and dtype; an adapter's change is added in fp32 and rounded once. Every tensor is read
-again and proven bit by bit before the folder gets its name. No GPU is needed, and memory for one tensor's rows only.
+<name> is a run in output/, or a path. The folder loads with AutoModelForImageTextToText, or AutoModelForCausalLM
+where the model reads text only, and needs no peft. Weights keep the base's key names, file split and dtype; an
+adapter's change is added in fp32 and rounded once. Every tensor is read again and proven bit by bit before the folder
+gets its name. No GPU is needed, and memory for one tensor's rows only.
 """
 
 from pathlib import Path

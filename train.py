@@ -1,4 +1,4 @@
-"""Train a LoRA adapter for a Mistral vision model on pages and questions about them.
+"""Train a LoRA adapter for a Mistral model, vision or text only, on pages and questions about them, or plain text.
 
     python -m train --dataset dataset/train.jsonl --output_dir output --lora_rank 16 --learning_rate 1e-4
 
