@@ -2,9 +2,10 @@
 
     python -m merge_lora_weights <name> <output-dir>
 
-<name> is a run in output/, or a path. The folder loads with AutoModelForImageTextToText and needs no peft. Weights keep
-the base's key names, file split and dtype; an adapter's change is added in fp32 and rounded once. Every tensor is read
-again and proven bit by bit before the folder gets its name. No GPU is needed, and memory for one tensor's rows only.
+<name> is a run in output/, or a path. The folder loads with AutoModelForImageTextToText, or AutoModelForCausalLM
+where the model reads text only, and needs no peft. Weights keep the base's key names, file split and dtype; an
+adapter's change is added in fp32 and rounded once. Every tensor is read again and proven bit by bit before the folder
+gets its name. No GPU is needed, and memory for one tensor's rows only.
 """
 
 from pathlib import Path
@@ -51,12 +52,12 @@ def main() -> None:
     from mistral_ft.files import atomic_folder, check_free_space
     from mistral_ft.lora import Adapter
     from mistral_ft.merging import (
+        base_note,
         check_folder,
         copy_other_files,
         find_base,
         match_updates,
         merge_weights,
-        other_base_note,
     )
     from mistral_ft.model import pick_device, quiet_libraries
     from mistral_ft.model_card import card_scores, write_model_card
@@ -71,8 +72,8 @@ def main() -> None:
     adapter = Adapter(next((folder for folder in folders if Adapter.is_one(folder)), folders[0]))
     base = find_base(adapter, args.base_model)
     base_model = args.base_model or adapter.base_model
-    if base_model != adapter.base_model:
-        print(other_base_note(adapter, base_model))
+    if note := base_note(adapter, base_model):
+        print(note)
     shards = read_checkpoint(base)
     updates = match_updates(adapter, base, shards)
     if records:

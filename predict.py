@@ -2,7 +2,8 @@
 
     python -m predict dataset/test.jsonl output/<name>
 
-Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file. Finished rows go to
+Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file; plain text gets `nll` instead, its
+negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. Finished rows go to
 <name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
 
@@ -11,6 +12,7 @@ gets `error` instead of `actual`, the others go on, and the exit code is 1. Reco
 answers on several GPUs, each with a copy of the model, and writes the same file.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ from mistral_ft.distributed import (
 )
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.pages import limit_pixels
-from mistral_ft.records import MAX_NEW_TOKENS, read_records
+from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 
 
 def parse_arguments():
@@ -44,6 +46,12 @@ def parse_arguments():
         default=MAX_NEW_TOKENS,
         help=f"tokens an answer may have (default: {MAX_NEW_TOKENS})",
     )
+    parser.add_argument(
+        "--max_seq_length",
+        type=int,
+        default=MAX_SEQ_LENGTH,
+        help=f"tokens of the pieces that longer plain text is read in (default: {MAX_SEQ_LENGTH})",
+    )
     parser.add_argument("--batch_size", default="auto", help="records answered at once (default: auto, by GPU memory)")
     parser.add_argument("--num_beams", type=int, default=1, help="search with so many beams (default: 1, greedy)")
     parser.add_argument("--temperature", type=float, help="sample answers at this temperature (default: greedy)")
@@ -51,6 +59,11 @@ def parse_arguments():
     parser.add_argument("--top_k", type=int, help="sample from the so many likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--limit", type=int, help="answer only the first LIMIT records (default: all)")
+    parser.add_argument(
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        help="keep the text layers' weights in 4 bits (default: as the adapter was trained)",
+    )
     parser.add_argument("--gpu_memory_gib", type=float, help="GPU memory to get by with (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing a stopped run")
     args = parser.parse_args()
@@ -58,7 +71,7 @@ def parse_arguments():
         if not args.batch_size.isdecimal():
             parser.error(f"--batch_size {args.batch_size}: must be a number or auto")
         args.batch_size = int(args.batch_size)
-    for name in ("max_new_tokens", "batch_size", "limit", "num_beams", "top_k"):
+    for name in ("max_new_tokens", "max_seq_length", "batch_size", "limit", "num_beams", "top_k"):
         if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     for name, highest in (("temperature", math.inf), ("top_p", 1)):
@@ -86,8 +99,6 @@ def main() -> int:
     silence_others()
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
-    if text := next((record for record in records if record.text is not None), None):
-        raise UserError(f"{text.path}:{text.line}: plain text asks nothing, so there is nothing to answer")
 
     import torch
 
@@ -104,19 +115,21 @@ def main() -> int:
     device = pick_device(args.gpu_memory_gib)
 
     # 2. The model's folders and prompt settings; the weights come later.
-    folders = ModelFolders.find(args.model)
+    folders = ModelFolders.find(args.model, args.load_in_4bit)
     encoder, fitter = folders.load_prompt()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.
     search, lengths = search_settings(args), page_lengths(records, encoder, fitter)
     size = None if args.batch_size == "auto" else args.batch_size
     beams = args.num_beams if search else None
-    batches = from_first(lambda: plan(lengths, folders.folder, device, args.max_new_tokens, size, beams))
+    texts = {row for row, record in enumerate(records) if record.text is not None}
+    batches = from_first(lambda: plan(lengths, folders, device, args.max_new_tokens, size, beams, texts))
     settings = {
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
         "max_image_pixels": args.max_image_pixels,
         "model": folders.fingerprint(),
+        "max_seq_length": args.max_seq_length,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
         "search": search | {"seed": args.seed} if search else {},
@@ -138,7 +151,9 @@ def main() -> int:
     mine = left[rank() :: world_size()]
     try:
         if left:
-            generator = Generator(folders, encoder, fitter, device, args.max_new_tokens, search, args.seed)
+            generator = Generator(
+                folders, encoder, fitter, device, args.max_new_tokens, search, args.seed, args.max_seq_length
+            )
             found = generator.answer(records, mine)
             # In turns, so that rows reach the disk in the order of the plan, whoever answered them.
             for turn in range(math.ceil(len(left) / world_size())):

@@ -6,7 +6,8 @@ The first line printed is "Accuracy = hits/count = x" with its 95 % interval. An
 expected one, white space around both aside. Rows that predict could not answer (with `error`, or without `actual`)
 count as wrong; rows without `expected` cannot be scored and are left out; both are named on stderr.
 
---compare says whether FILE is better than OTHER on the same rows, and lists what it fixed and broke.
+--compare says whether FILE is better than OTHER on the same rows, and lists what it fixed and broke. Rows of plain text
+are scored by perplexity instead.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
     from mistral_ft import score_output as output
+    from mistral_ft.perplexity import compare_texts
     from mistral_ft.scoring import Options, read_lines, score_file
     from mistral_ft.summary import describe_comparison, judge_confidence, summarize
 
@@ -84,14 +86,24 @@ def main() -> int | None:
         )
         if not score.confidences and (args.calibrate_on or args.confidence or args.target):
             raise UserError(f"{args.file}: no row has a usable `confidence`, so nothing can be said about review")
+        for_answers = {"-e": args.errors, "--by": args.by, "--broken": args.broken, "--fail_under": args.fail_under}
+        if not score.totals.count and (
+            useless := [flag for flag, value in (for_answers | {"--report": args.report}).items() if value is not None]
+        ):
+            raise UserError(f"{', '.join(useless)}: {args.file} holds plain text only, which has no answers")
         pairing = Options(keep_pairing=True, confidence=options.confidence)
 
         # 3. Is it better than another file?
-        comparison = None
+        comparison = text_comparison = None
         if args.compare:
             from mistral_ft.comparison import compare
 
-            found = compare(score_file(args.compare, pairing), score, (args.compare, args.file))
+            before = score_file(args.compare, pairing)
+            if score.texts.lines:
+                found = compare_texts(before.texts, score.texts, (args.compare, args.file))
+                text_comparison = {"other": args.compare} | found
+        if args.compare and score.totals.count:
+            found = compare(before, score, (args.compare, args.file))
             comparison = describe_comparison(found, args.file, args.compare)
             if args.broken:
                 broken = read_lines(args.file, (row["line"] for row in comparison["broken"]))
@@ -106,7 +118,7 @@ def main() -> int | None:
             confidence = judge_confidence(score, options.confidence, target, other, args.calibrate_on)
 
         # 5. What came out, in one object and as text, JSON or page.
-        result = summarize(score, args.by, confidence, comparison)
+        result = summarize(score, args.by, confidence, comparison, text_comparison)
         if args.report:
             from mistral_ft.report import report
 

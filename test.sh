@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if [ ! -f .venv/.installed-dev ] || [ requirements-dev.txt -nt .venv/.installed-dev ] || [ requirements.txt -nt .venv/.installed-dev ]; then
+if [ ! -f .venv/.installed-dev ] || [ requirements-dev.txt -nt .venv/.installed-dev ] || [ requirements.txt -nt .venv/.installed-dev ] || [ requirements-4bit.txt -nt .venv/.installed-dev ]; then
     "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip install --quiet --upgrade -r requirements-dev.txt
     touch .venv/.installed .venv/.installed-dev

@@ -1,4 +1,4 @@
-"""Train a LoRA adapter for a Mistral vision model on pages and questions about them.
+"""Train a LoRA adapter for a Mistral model, vision or text only, on pages and questions about them, or plain text.
 
     python -m train --dataset dataset/train.jsonl --output_dir output --lora_rank 16 --learning_rate 1e-4
 
@@ -60,6 +60,8 @@ def main() -> None:
     args.keep_best |= eval_args.early_stopping_patience is not None
     if speed_args.shard_base and lora_args.use_dora:
         raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
+    if speed_args.shard_base and model_args.load_in_4bit:
+        raise UserError("--load_in_4bit True cannot be sharded: 4-bit weights fit one card; leave out --shard_base")
 
     limit_pixels(data_args.max_image_pixels)
 
@@ -73,12 +75,13 @@ def main() -> None:
     from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
-    from mistral_ft.data import RecordDataset, measure_records
+    from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
     from mistral_ft.model import (
+        check_bitsandbytes,
         check_model_folder,
         held_bytes,
         load_base,
@@ -94,6 +97,8 @@ def main() -> None:
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
+    if model_args.load_in_4bit:
+        check_bitsandbytes()
 
     check_optimizer(args)
     check_trackers(args)
@@ -111,12 +116,16 @@ def main() -> None:
     base = find_model_folder(model_args.model_id, weights=False)
     check_model_folder(base)
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
+    if fitter is None and (lora_args.vision_lora or lora_args.train_projector):
+        raise UserError(f"--vision_lora and --train_projector: {model_args.model_id} has no vision tower")
+    records, held_out = (cut_texts(some, encoder, data_args.max_seq_length) for some in (records, held_out))
     held = [False] * len(records) + [True] * len(held_out)
     records = [*records, *held_out]
     sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
     if eval_args.eval_fraction is not None:
         held = hold_out(records, eval_args.eval_fraction, args.seed)
     (records, sizes), (held_out, held_sizes) = divide(records, sizes, held)
+    rows = len({(record.path, record.line) for record in records})
     lengths = [size.tokens for size in sizes]
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
     evaluator = None
@@ -126,7 +135,7 @@ def main() -> None:
         print(f"{len(held_out)} records to evaluate on, {len(evaluator.answered)} of them answered")
 
     # 4. The run's folder: a new one, or that of the run to continue.
-    run = resumed or from_first(lambda: Run.create(args.output_dir, settings, base, len(records)))
+    run = resumed or from_first(lambda: Run.create(args.output_dir, settings, base, rows))
     if not run.folder.is_dir():
         raise UserError(f"{run.folder}: not to be seen by process {rank()}; --output_dir must be on a shared disk")
     args.output_dir, args.run_name = str(run.folder), args.run_name or run.folder.name
@@ -137,10 +146,11 @@ def main() -> None:
         # 5. The base, frozen, and the adapter.
         status.update("preparing")
         set_seed(args.seed)
-        model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base)
+        model = load_base(
+            find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.load_in_4bit
+        )
         model = add_adapter(model, lora_args, model_args.model_id)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn")
+        print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
         if speed_args.shard_base:
             held, whole = (amount / 2**30 for amount in held_bytes(model))
             print(f"Each process holds {held:.4g} GiB of the {whole:.4g} GiB that the model has")

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from bench.train_speed import matmul_peak
 from mistral_ft.arguments import LoraArguments
@@ -54,7 +55,7 @@ def make_adapter(folder: Path, output: Path, device: torch.device):
 def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> float:
     """Pages per second; reading pages is not counted, this once."""
     core = model.get_base_model().model
-    core.__class__ = type(core).__mro__[1]
+    core.__class__ = Mistral3Model
     core.config.vision_config._attn_implementation = "sdpa"
     device, inputs = model.device, []
     for number in range(count + 1):
@@ -100,7 +101,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
 
         lengths = page_lengths(records, encoder, fitter)
-        batches = plan(lengths, folders.folder, device, args.new_tokens)
+        batches = plan(lengths, folders, device, args.new_tokens)
         started = time.perf_counter()
         generator = Generator(folders, encoder, fitter, device, args.new_tokens)
         torch.cuda.synchronize()

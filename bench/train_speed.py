@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft.arguments import LoraArguments
 from mistral_ft.data import RecordDataset
@@ -68,7 +69,7 @@ class UsualRecipe:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def use_transformers(self, model) -> None:
-        model.model.__class__ = type(model.model).__mro__[1]
+        model.model.__class__ = Mistral3Model
         model.config.vision_config._attn_implementation = "sdpa"
 
     def inputs(self, number: int) -> dict[str, torch.Tensor]:

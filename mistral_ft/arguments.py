@@ -16,6 +16,7 @@ from mistral_ft.config_file import as_words, nearest, read_config
 from mistral_ft.distributed import world_size
 from mistral_ft.errors import ArgumentParser, OneLineErrors, UserError
 from mistral_ft.hub import MODEL_ID
+from mistral_ft.records import MAX_SEQ_LENGTH
 
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
@@ -120,7 +121,9 @@ class DataArguments:
     )
     images_dir: str | None = _field(None, "Folder that image paths are relative to (default: the JSONL file's own).")
     max_image_pixels: int | None = _field(None, "Pixels an image may have (default: 178 million); more are refused.")
-    max_seq_length: int = _field(32768, "Tokens a record may have, image tokens included; longer ones are refused.")
+    max_seq_length: int = _field(
+        MAX_SEQ_LENGTH, "Tokens a record may have, image tokens included; longer ones are refused, plain text is cut."
+    )
 
 
 @dataclass
@@ -128,6 +131,9 @@ class ModelArguments:
     """What to train."""
 
     model_id: str = _field(MODEL_ID, "Base model: a hub id or a folder.")
+    load_in_4bit: bool = _field(
+        False, "QLoRA: keep the weights of the text layers in 4 bits, for smaller cards; needs requirements-4bit.txt."
+    )
     gpu_memory_gib: float | None = _field(None, "GPU memory to get by with, as on a smaller card (default: all).")
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +15,16 @@ GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens=None, max_length=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens=None,
+    max_length=None,
+    sliding_window=None,
+    **kwargs,
 ):
     """One of transformers' attention functions: causal where `module.is_causal`, without mask and without dropout.
 
@@ -22,6 +32,7 @@ def packed_attention(
         query: (1, heads, tokens, head size); key and value may have fewer heads.
         cu_seq_lens: int32 of shape (records + 1,): where each record starts, and at last the number of tokens.
         max_length: tokens of the longest record, or more.
+        sliding_window: of how many tokens, itself included, each sees the last; None: of all (Mistral-7B v0.1: 4096).
 
     Returns:
         (1, tokens, heads, head size), and None for the attention weights.
@@ -31,7 +42,7 @@ def packed_attention(
         parts = [
             F.scaled_dot_product_attention(
                 *(x[:, :, start:end] for x in (query, key, value)),
-                is_causal=module.is_causal,
+                **_mask(end - start, module.is_causal, sliding_window),
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
@@ -40,12 +51,18 @@ def packed_attention(
         ]
         return torch.cat(parts, 2).transpose(1, 2), None
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    window = (-1, 0 if module.is_causal else -1)
+    window = (sliding_window - 1 if sliding_window else -1, 0 if module.is_causal else -1)
     attended = varlen_attn(
         query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window,
         **(GROUPED_HEADS if key.shape[1] != query.shape[1] else {}),
     )  # fmt: skip
     return attended[None], None
+
+
+def _mask(length: int, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
+    if not sliding_window or length <= sliding_window:
+        return {"is_causal": is_causal}
+    return {"attn_mask": torch.ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)}
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -50,15 +50,28 @@ def text_of(message: Message) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
-def tool_calls_text(calls: Iterable[dict[str, Any]]) -> str:
-    """Calls in OpenAI's shape as the template writes them: name, arguments as an object, id if there is one."""
-    written = []
+def tool_calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls in OpenAI's shape as the template knows them: name, arguments as an object, id if there is one."""
+    found = []
     for call in calls:
         arguments = call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = parsed(arguments) if isinstance(arguments, str) else arguments
         entry = {"name": call["function"]["name"], "arguments": arguments}
-        written.append(entry | ({"id": call["id"]} if call.get("id") else {}))
-    return to_json(written)
+        found.append(entry | ({"id": call["id"]} if call.get("id") else {}))
+    return found
+
+
+def tool_calls_text(calls: Iterable[dict[str, Any]]) -> str:
+    """Calls as the template writes them up to v7: a list in JSON."""
+    return to_json(tool_calls(calls))
+
+
+def parsed(text: str) -> Any:
+    """What a text says as JSON, or the text itself if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def to_json(data: Any) -> str:

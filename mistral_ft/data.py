@@ -1,5 +1,6 @@
 """From records to batches: checks of every page ahead of training, the dataset and the collator."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from torch.utils.data import Sampler
 
 from mistral_ft.distributed import gather, rank, world_size
 from mistral_ft.errors import RecordError, raise_all
-from mistral_ft.images import ImageFitter, to_patches
+from mistral_ft.images import TEXT_ONLY, ImageFitter, to_patches
 from mistral_ft.pages import open_image
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
@@ -27,7 +28,7 @@ class RecordDataset:
     """
 
     def __init__(
-        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, with_answers: bool = True
+        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, with_answers: bool = True
     ):
         self.records = records
         self.encoder = encoder
@@ -55,6 +56,12 @@ class RecordDataset:
         }
 
 
+def check_images(records: Sequence[Record], fitter: ImageFitter | None) -> None:
+    """Raises RecordError for the first record with an image if there is no fitter: the model reads text only."""
+    if fitter is None and (record := next((record for record in records if record.image_paths), None)):
+        raise record.error(TEXT_ONLY)
+
+
 class RecordSize(NamedTuple):
     """How much of a record there is to compute: tokens, answer included; patches of its images; labels."""
 
@@ -63,8 +70,25 @@ class RecordSize(NamedTuple):
     labels: int
 
 
+def cut_texts(records: Sequence[Record], encoder: PromptEncoder, max_seq_length: int) -> list[Record]:
+    """The records, plain texts of more than so many tokens cut into pieces; nothing is lost, and it is said."""
+    cut, long, pieces = [], 0, 0
+    for record in records:
+        # A token is at least one byte, but for <s>, </s> and the space that SentencePiece adds.
+        may_be_long = record.text is not None and len(record.text.encode()) + 3 > max_seq_length
+        parts = encoder.pieces(record.text, max_seq_length) if may_be_long else []
+        if len(parts) < 2:
+            cut.append(record)
+            continue
+        cut += [dataclasses.replace(record, piece=part) for part in parts]
+        long, pieces = long + 1, pieces + len(parts)
+    if long:
+        print(f"{long:,} plain texts of more than {max_seq_length:,} tokens are cut into {pieces:,} pieces")
+    return cut
+
+
 def measure_records(
-    records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter, max_seq_length: int
+    records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, max_seq_length: int
 ) -> list[RecordSize]:
     """Open every page and encode every record once, ahead of training, so that nothing bad turns up hours later.
 
@@ -77,8 +101,10 @@ def measure_records(
         The size of each record.
 
     Raises:
-        UserError: naming the records whose page cannot be opened or that are too long.
+        UserError: naming the records whose page cannot be opened, that are too long, or that the model's prompt has no
+            place for.
     """
+    check_images(records, fitter)
 
     def grid(path: str) -> tuple[int, int] | str:
         try:
@@ -103,14 +129,18 @@ def measure_records(
 
     errors: list[RecordError] = []
     sizes: list[RecordSize] = []
-    merged = (fitter.cell_size // fitter.patch_size) ** 2
+    merged = (fitter.cell_size // fitter.patch_size) ** 2 if fitter else 0
     for record in share:
         found = [grids[path] for path in record.image_paths]
         broken = next((result for result in found if isinstance(result, str)), None)
         if broken is not None:
             errors.append(record.error(broken))
             continue
-        input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+        try:
+            input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+        except ValueError as error:
+            errors.append(record.error(str(error)))
+            continue
         patches = merged * sum(rows * columns for rows, columns in found)
         sizes.append(RecordSize(len(input_ids), patches, len(labels) - labels.count(IGNORE_INDEX)))
         image_tokens = sum(rows * (columns + 1) for rows, columns in found)

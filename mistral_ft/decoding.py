@@ -17,6 +17,11 @@ MAX_PROMPT_TOKENS = 16384
 CACHE_STEP = 256
 
 
+def head_size(config: Any) -> int:
+    """Numbers that a head of a text model has; Mistral-7B's config.json leaves it to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class KeyValueCache:
     """Keys and values of every layer for a batch of records.
 
@@ -27,7 +32,7 @@ class KeyValueCache:
     """
 
     def __init__(self, config: Any, records: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, records, config.num_key_value_heads, length, config.head_dim)
+        shape = (config.num_hidden_layers, records, config.num_key_value_heads, length, head_size(config))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(records, dtype=torch.int64, device=device)
@@ -36,15 +41,18 @@ class KeyValueCache:
     @staticmethod
     def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         """What one token of one record takes in all layers."""
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * dtype.itemsize
 
 
-def cached_attention(module, query, key, value, attention_mask, scaling=None, cache=None, **kwargs):
+def cached_attention(
+    module, query, key, value, attention_mask, scaling=None, cache=None, sliding_window=None, **kwargs
+):
     """One of transformers' attention functions: of prompts laid end to end, or of one new token of each record.
 
     Args:
         query: (1, heads, tokens, head size) for prompts, else (records, heads, 1, head size).
         cache: a `KeyValueCache`, which gets the new keys and values.
+        sliding_window: as in `packed_attention`.
 
     Returns:
         (batch, tokens, heads, head size), and None for the attention weights.
@@ -54,14 +62,18 @@ def cached_attention(module, query, key, value, attention_mask, scaling=None, ca
         records, positions = cache.write_to
         keys[records, :, positions] = key[0].transpose(0, 1)
         values[records, :, positions] = value[0].transpose(0, 1)
-        return packed_attention(module, query, key, value, None, scaling=scaling, **kwargs)
+        kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
+        return packed_attention(module, query, key, value, None, **kwargs)
     records = torch.arange(len(query), device=query.device)
     keys[records, :, cache.lengths] = key[:, :, 0]
     values[records, :, cache.lengths] = value[:, :, 0]
     # All queries of a head of keys at once: (records, key heads, queries a head, head size).
     grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
     scores = (grouped @ keys.transpose(2, 3)).float() * scaling
-    unused = torch.arange(keys.shape[2], device=query.device) > cache.lengths[:, None]
+    places, last = torch.arange(keys.shape[2], device=query.device), cache.lengths[:, None]
+    unused = places > last
+    if sliding_window:
+        unused |= places <= last - sliding_window
     weights = scores.masked_fill(unused[:, None, None], -torch.inf).softmax(-1).to(values.dtype)
     return (weights @ values).reshape(len(query), 1, -1, query.shape[-1]), None
 
@@ -83,7 +95,7 @@ class GreedyDecoder:
 
     def __init__(self, model: nn.Module, eos: int, graphs: bool = True):
         self.model, self.eos, self.graphs = model, eos, graphs
-        self.config = model.config.text_config
+        self.config = model.config.get_text_config()
         self.config._attn_implementation = CACHED
         self.device = model.device
         self.cache: KeyValueCache | None = None

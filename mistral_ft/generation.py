@@ -4,30 +4,42 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, GenerationConfig, Mistral3ForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig
 
-from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator
+from mistral_ft.attention import PACKED
+from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, check_images
 from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
-from mistral_ft.lora import Adapter
-from mistral_ft.model import check_model_folder, limit_gib, load_base
+from mistral_ft.layers import Seeds
+from mistral_ft.lora import TEXT_LAYERS, Adapter
+from mistral_ft.model import (
+    ARCHITECTURES,
+    check_bitsandbytes,
+    check_model_folder,
+    is_four_bit,
+    limit_gib,
+    load_base,
+    text_model,
+)
 from mistral_ft.pages import page_size
 from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
-from mistral_ft.records import Record
+from mistral_ft.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
 
 # Records answered at once, at most, where the batch size is chosen. More of them share a sweep over the weights, but
@@ -36,6 +48,8 @@ MOST_ROWS = 32
 ROWS_ON_CPU = 8
 # Padded tokens of a batch for transformers' generate: on the 24B they take about 15 GiB beside the weights' 45.
 MAX_PADDED_TOKENS = 32768
+# Tokens of plain text whose logits are there at once: 1 GiB of them with 131,072 ids.
+LABELS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -46,15 +60,21 @@ class ModelFolders:
         base: hub id or folder of the base or merged model.
         folder: its folder; of a hub id's files, the weights may still be missing there.
         adapter: the adapter on top of it, or None.
+        four_bit: whether the text layers' weights are kept in 4 bits. The adapter then stays beside them: merged into
+            such weights it would be rounded away.
     """
 
     base: str
     folder: Path
     adapter: Adapter | None = None
+    four_bit: bool = False
 
     @classmethod
-    def find(cls, model: str) -> "ModelFolders":
+    def find(cls, model: str, four_bit: bool | None = None) -> "ModelFolders":
         """An adapter folder and the base it names, or a model folder or hub id by itself.
+
+        Args:
+            four_bit: None keeps the weights as the adapter was trained on them.
 
         Raises:
             UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
@@ -62,25 +82,41 @@ class ModelFolders:
         if not Adapter.is_one(model):
             if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
                 raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls(model, find_model_folder(model, weights=False))
+            return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit)
         adapter = Adapter(model)
         run = find_run_folder(model)
         trained_with = trained_tokenizer(run)
         if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        return cls(adapter.base_model, adapter.find_base(weights=False), adapter)
+        four_bit = adapter.four_bit or None if four_bit is None else four_bit
+        return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit)
 
-    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter]:
-        """The encoder and the image fitter: the run's own where there is an adapter, else the model's."""
-        check_model_folder(self.folder)
+    @classmethod
+    def _with_weights(cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool | None) -> "ModelFolders":
+        is_copy = is_four_bit(check_model_folder(folder))
+        if is_copy and four_bit is False:
+            raise UserError(f"--no-load_in_4bit: {folder} holds 4-bit weights only; name the bf16 model they are from")
+        if is_copy or four_bit:
+            check_bitsandbytes()
+        return cls(base, folder, adapter, is_copy or bool(four_bit))
+
+    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
+        """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
+
+        The fitter is None for a model that reads text only.
+        """
         prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
         return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
 
     def load(self, device: torch.device):
-        """The model, the adapter merged into it, ready to generate."""
+        """The model with the adapter, ready to generate: merged into it, beside it with 4-bit weights."""
         folder = find_model_folder(self.base)
-        model = load_base(folder, device)
-        if self.adapter:
+        model = load_base(folder, device, four_bit=self.four_bit)
+        if self.adapter and self.four_bit:
+            wrapped = self.adapter.put_on(model)
+            Seeds(wrapped)  # runs the adapter in the base's dtype, as in training
+            model = wrapped.get_base_model()
+        elif self.adapter:
             config = read_settings(folder / "config.json")
             dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
             self.adapter.merge_into(model, dtype)
@@ -96,18 +132,28 @@ class ModelFolders:
         parts.append(sha256_file(self.folder / "config.json"))
         if self.adapter:
             parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
+        parts += ["4-bit"] if self.four_bit else []
         return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
 
 
-def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter) -> list[int]:
-    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing."""
+def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None) -> list[int]:
+    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing.
+
+    Raises:
+        UserError: naming the first record that shows an image to a model that reads text only, or that the model's
+            prompt has no place for.
+    """
+    check_images(records, fitter)
 
     def length(record: Record) -> int:
         try:
             grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
         except ValueError:
             return 0  # the row will get an error when its turn comes
-        return len(encode_record(encoder, record, grids, with_answer=False)[0])
+        try:
+            return len(encode_record(encoder, record, grids, with_answer=False)[0])
+        except ValueError as error:
+            raise record.error(str(error)) from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(length, records))
@@ -132,39 +178,55 @@ def plan_batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> l
 
 def plan(
     lengths: Sequence[int],
-    folder: Path,
+    folders: ModelFolders,
     device: torch.device,
     max_new_tokens: int,
     batch_size: int | None = None,
     num_beams: int | None = None,
+    texts: Set[int] = frozenset(),
 ) -> list[list[int]]:
     """Batches for these prompts.
 
     Args:
         lengths: tokens of each prompt.
-        folder: of the model.
+        folders: of the model.
         batch_size: rows of a batch; None: as many as the GPU has room for, up to `MOST_ROWS`.
         num_beams: beams of transformers' generate, where that is used.
+        texts: rows of plain text, which are read and not answered: they have batches of their own.
     """
+    if texts:
+        asked = [row for row in range(len(lengths)) if row not in texts]
+        read = sorted(texts)
+        answered = asked and plan(
+            [lengths[row] for row in asked], folders, device, max_new_tokens, batch_size, num_beams
+        )
+        reading = plan_batches([lengths[row] for row in read], batch_size or MOST_ROWS, MAX_PROMPT_TOKENS)
+        return [[rows[k] for k in batch] for rows, batches in ((asked, answered), (read, reading)) for batch in batches]
     whole = [length + max_new_tokens for length in lengths]
     if num_beams is not None:
         return plan_batches(whole, batch_size or ROWS_ON_CPU, MAX_PADDED_TOKENS // num_beams)
     if device.type != "cuda" or batch_size is not None:
         return plan_batches(whole, batch_size or ROWS_ON_CPU, sys.maxsize)
-    return plan_batches(whole, MOST_ROWS, cache_tokens(folder, device, max(lengths)))
+    return plan_batches(whole, MOST_ROWS, cache_tokens(folders, device, max(lengths)))
 
 
-def cache_tokens(folder: Path, device: torch.device, longest: int) -> int:
+def cache_tokens(folders: ModelFolders, device: torch.device, longest: int) -> int:
     """Tokens, of prompts and answers, whose keys and values the GPU has room for beside the weights.
 
     Args:
-        folder: of the model; only its config.json is read.
+        folders: of the model; only its config.json is read.
         longest: tokens of the longest prompt.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folders.folder)
     with torch.device("meta"):
-        weights = 2 * sum(p.numel() for p in Mistral3ForConditionalGeneration(config).parameters())
-    return tokens_that_fit(limit_gib(device) * 2**30 - weights, config.text_config, longest)
+        model = ARCHITECTURES[config.model_type][0](config)
+    # 4-bit weights with their scales, and the adapter beside them in fp32, at most so much of the weights.
+    layer = 0.55 if folders.four_bit else 2
+    weights = sum(
+        p.numel() * (layer if re.fullmatch(rf"({TEXT_LAYERS})\.weight", name) else 2)
+        for name, p in model.named_parameters()
+    )
+    return tokens_that_fit(limit_gib(device) * 2**30 - weights, config.get_text_config(), longest)
 
 
 def tokens_that_fit(free: float, text: Any, longest: int) -> int:
@@ -211,27 +273,43 @@ class Answer:
         }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How well the model predicts a plain text: negative log-likelihood in nats, summed over so many tokens."""
+
+    nll: float
+    tokens: int
+
+    def write_into(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with `nll` and `tokens`; what an earlier prediction wrote goes."""
+        kept = {name: value for name, value in record.items() if name not in PREDICTED}
+        return kept | {"nll": round(self.nll, 4), "tokens": self.tokens}
+
+
 class Generator:
-    """A loaded model that answers records.
+    """A loaded model that answers records, and reads plain text.
 
     Args:
         max_new_tokens: tokens an answer may have.
         search: settings of transformers' `generate` other than greedy decoding, such as {"num_beams": 4} or
             {"do_sample": True, "temperature": 0.7}; empty for greedy decoding, which is this toolkit's own.
         seed: of samples. Each batch starts from it anew, so that a run that is continued draws the same.
+        max_seq_length: tokens of the pieces that longer plain text is read in.
     """
 
     def __init__(
         self,
         folders: ModelFolders,
         encoder: PromptEncoder,
-        fitter: ImageFitter,
+        fitter: ImageFitter | None,
         device: torch.device,
         max_new_tokens: int,
         search: dict[str, Any] | None = None,
         seed: int = 0,
+        max_seq_length: int = MAX_SEQ_LENGTH,
     ):
         self.model = folders.load(device)
+        self.max_seq_length = max_seq_length
         self.encoder, self.fitter, self.device = encoder, fitter, device
         self.max_new_tokens, self.seed = max_new_tokens, seed
         control = encoder.control
@@ -251,7 +329,9 @@ class Generator:
             self.decoder = GreedyDecoder(self.model, control.eos)
             self.collate = GroupCollator(control.pad)
 
-    def answer(self, records: Sequence[Record], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+    def answer(
+        self, records: Sequence[Record], batches: Sequence[Sequence[int]]
+    ) -> Iterator[dict[int, Answer | Reading]]:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
         on_gpu = self.device.type == "cuda"
         pages = DataLoader(
@@ -268,9 +348,50 @@ class Generator:
             found = dict(itertools.islice(rows, len(batch)))
             good = {index: example for index, example in found.items() if not isinstance(example, str)}
             answers = {index: Answer(error=reason) for index, reason in found.items() if index not in good}
-            if good:
+            if good and records[batch[0]].text is not None:
+                answers |= dict(zip(good, self._read([records[index].text for index in good]), strict=True))
+            elif good:
                 answers |= dict(zip(good, self._generate(self.collate(list(good.values()))), strict=True))
             yield {index: answers[index] for index in batch}
+
+    @torch.inference_mode()
+    def _read(self, texts: Sequence[str]) -> list[Reading]:
+        """How well the model predicts each text, every token of it given those before it in its piece."""
+        pieces = [
+            (row, ids) for row, text in enumerate(texts) for ids in self.encoder.pieces(text, self.max_seq_length)
+        ]
+        config, nll = text_model(self.model).config, [0.0] * len(texts)
+        attention, config._attn_implementation = config._attn_implementation, PACKED
+        try:
+            for group in prompt_groups([len(ids) + 1 for _, ids in pieces]):
+                rows = torch.tensor([pieces[k][0] for k in group]).repeat_interleave(
+                    torch.tensor([len(pieces[k][1]) for k in group])
+                )
+                for row, loss in zip(rows.tolist(), self._losses([pieces[k][1] for k in group]), strict=True):
+                    nll[row] += loss
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory does not hold plain text of this length; lower --max_seq_length"
+            ) from None
+        finally:
+            config._attn_implementation = attention
+        tokens = [sum(len(ids) for row, ids in pieces if row == wanted) for wanted in range(len(texts))]
+        return [Reading(*pair) for pair in zip(nll, tokens, strict=True)]
+
+    def _losses(self, pieces: Sequence[Sequence[int]]) -> list[float]:
+        """Cross entropy of each id of the pieces, which are read side by side, in nats."""
+        examples = [dict(zip(("input_ids", "labels"), self.encoder.frame(ids), strict=True)) for ids in pieces]
+        batch = TrainingCollator(self.encoder.control.pad)([[e | {"image_sizes": []} for e in examples]])
+        positions, labels = batch.pop("label_positions"), batch.pop("labels")[0]
+        del batch["num_tokens"]
+        inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0, positions.to(self.device)]
+        targets = labels[positions + 1].to(self.device)
+        found = [
+            F.cross_entropy(self.model.lm_head(some).float(), wanted, reduction="none")
+            for some, wanted in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+        ]
+        return torch.cat(found).tolist()
 
     def _generate(self, batch: Any) -> list[Answer]:
         try:

@@ -16,6 +16,8 @@ from PIL import Image
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 
+TEXT_ONLY = "shows an image, but the model reads text only; leave it out, or take a model with a vision tower"
+
 
 @dataclass(frozen=True)
 class ImageFitter:
@@ -37,14 +39,17 @@ class ImageFitter:
     resample: int = Image.Resampling.BICUBIC
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike) -> "ImageFitter":
-        """Read preprocessor_config.json and config.json of a model folder.
+    def from_folder(cls, folder: str | os.PathLike) -> "ImageFitter | None":
+        """Read preprocessor_config.json and config.json of a model folder; None if the model has no vision tower.
 
         Raises:
             UserError: if one is missing, or asks for something other than resize, rescale by 1/255 and normalise.
         """
         folder = Path(folder)
-        config, settings = read_settings(folder / "config.json"), read_settings(folder / "preprocessor_config.json")
+        config = read_settings(folder / "config.json")
+        if "vision_config" not in config:
+            return None
+        settings = read_settings(folder / "preprocessor_config.json")
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if settings.get(name, True) is not True:
                 raise UserError(f"{folder / 'preprocessor_config.json'}: {name} is off, which is not supported")

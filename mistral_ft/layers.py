@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
@@ -38,7 +39,7 @@ def hashed_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tenso
 
 
 class LoraLinear(PeftLinear):
-    """peft's layer with fp32 adapter weights that are used in the dtype of its input.
+    """peft's layer, over plain or 4-bit weights, with fp32 adapter weights that are used in the dtype of its input.
 
     peft itself turns the layer's input into the adapter's fp32 and leaves it to autocast to turn it back.
 
@@ -61,7 +62,11 @@ class Seeds:
     """Turns the plain LoRA layers of a model into `LoraLinear` and gives their dropout its seeds."""
 
     def __init__(self, model: nn.Module):
-        layers = [m for m in model.modules() if type(m) is PeftLinear and not m.lora_variant]
+        # peft's layer for 4-bit weights is another class; it exists where bitsandbytes does.
+        plain = ("Linear", "Linear4bit")
+        layers = [
+            m for m in model.modules() if isinstance(m, LoraLayer) and type(m).__name__ in plain and not m.lora_variant
+        ]
         device = next(model.parameters()).device
         # Four to a row, so that each layer's own stands where compiled code expects tensors to start.
         self.seeds = torch.zeros(len(layers), 4, dtype=torch.int32, device=device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from mistral_ft.arguments import LoraArguments
@@ -19,7 +20,7 @@ from mistral_ft.files import read_settings
 from mistral_ft.hub import find_model_folder
 from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, read_run
 
-TEXT_LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+TEXT_LAYERS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = (
     r"model\.vision_tower\.transformer\.layers\.\d+\.(attention\.[qkvo]_proj|feed_forward\.(gate|up|down)_proj)"
 )
@@ -201,6 +202,11 @@ class Adapter:
         folder = find_run_folder(self.folder)
         return read_run(folder) if (folder / RUN_FILE).is_file() else {}
 
+    @property
+    def four_bit(self) -> bool:
+        """Whether train made it on a base that was rounded to 4 bits while it was loaded."""
+        return bool(self.run.get("settings", {}).get("model", {}).get("load_in_4bit"))
+
     @staticmethod
     def is_one(folder: str | os.PathLike) -> bool:
         """Whether the folder holds an adapter."""
@@ -224,6 +230,25 @@ class Adapter:
             self.check_shape(name, tuple(weight.shape))
             with torch.no_grad():
                 weight.copy_(update.apply(weight.to(dtype)))
+
+    def put_on(self, model: nn.Module) -> nn.Module:
+        """Wrap a loaded base with the adapter, unmerged, as peft runs it.
+
+        Raises:
+            UserError: if peft does not load the adapter as it is in its file: it passes over tensors whose names it
+                does not know, and the answers would be the base's.
+        """
+        from peft import PeftModel, get_peft_model_state_dict  # slow to import, and merge does without
+
+        path = self.folder / ADAPTER_WEIGHTS
+        wrapped = PeftModel.from_pretrained(model, self.folder)
+        loaded, stored = get_peft_model_state_dict(wrapped), load_file(path)
+        same = loaded.keys() == stored.keys() and all(
+            torch.equal(loaded[key].float().cpu(), stored[key].float()) for key in stored
+        )
+        if not same:
+            raise UserError(f"{path}: peft does not load this adapter as it is, so it cannot be used unmerged")
+        return wrapped
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises UserError if the parameter has not the shape that the adapter was trained on."""

@@ -5,19 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
-from mistral_ft.data import PromptCollator, RecordDataset
-from mistral_ft.errors import UserError
+from mistral_ft.data import PromptCollator, RecordDataset, check_images
 from mistral_ft.images import ImageFitter
 from mistral_ft.lora import Adapter
 from mistral_ft.model import load_base
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
-from mistral_ft.run_folder import ADAPTER_WEIGHTS
 
 MAX_NEW_TOKENS = 300  # as predict's default
 
@@ -60,13 +56,15 @@ class MergeComparer:
     """Answers records with an adapter unmerged, and with the merged model.
 
     Raises:
-        UserError: if the image of a record cannot be opened.
+        UserError: if the image of a record cannot be opened, or the model reads text only.
     """
 
     def __init__(self, records: Sequence[Record], base: Path, adapter: Adapter):
         self.base, self.adapter = base, adapter
         self.encoder = PromptEncoder.from_folder(base)
-        self.dataset = RecordDataset(records, self.encoder, ImageFitter.from_folder(base), with_answers=False)
+        fitter = ImageFitter.from_folder(base)
+        check_images(records, fitter)
+        self.dataset = RecordDataset(records, self.encoder, fitter, with_answers=False)
         for index in range(len(records)):
             self.dataset[index]  # opens its pages
 
@@ -76,8 +74,7 @@ class MergeComparer:
         Raises:
             UserError: if peft does not load the adapter as it is in its file.
         """
-        unmerged = PeftModel.from_pretrained(load_base(self.base, device), self.adapter.folder)
-        self._check_loaded(unmerged)
+        unmerged = self.adapter.put_on(load_base(self.base, device))
         first = self._answer(unmerged, device, "answering, unmerged")
         del unmerged
         second = self._answer(load_base(merged, device), device, "answering, merged")
@@ -111,13 +108,3 @@ class MergeComparer:
             progress.update()
         progress.close()
         return answers
-
-    def _check_loaded(self, model: PeftModel) -> None:
-        """peft passes over tensors whose names it does not know, which would compare the base."""
-        path = self.adapter.folder / ADAPTER_WEIGHTS
-        loaded, stored = get_peft_model_state_dict(model), load_file(path)
-        same = loaded.keys() == stored.keys() and all(
-            torch.equal(loaded[key].float().cpu(), stored[key].float()) for key in stored
-        )
-        if not same:
-            raise UserError(f"{path}: peft does not load this adapter as it is, so there is nothing to compare with")

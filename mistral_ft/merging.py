@@ -50,15 +50,18 @@ def find_base(adapter: Adapter, base_model: str | None) -> Path:
     return base
 
 
-def other_base_note(adapter: Adapter, base_model: str) -> str:
-    """What it means to merge onto another base than the one the adapter was trained on."""
-    kind = find_quantization(adapter.base_model)
-    if kind is None:
+def base_note(adapter: Adapter, base_model: str) -> str | None:
+    """What it means to merge onto this base, if it is not quite the one the adapter was trained on; else None."""
+    kind = "rounded to 4 bits" if adapter.four_bit else find_quantization(adapter.base_model)
+    if kind:
+        return (
+            f"Merging onto {base_model}; the adapter was trained on {adapter.base_model} ({kind}) and has learned to "
+            "make up for that model's rounding, which this one does not have: score the merged model before you rely "
+            "on it"
+        )
+    if base_model != adapter.base_model:
         return f"Merging onto {base_model}; the adapter was trained on {adapter.base_model}"
-    return (
-        f"Merging onto {base_model}; the adapter was trained on {adapter.base_model} ({kind}) and has learned to make "
-        "up for that model's rounding, which this one does not have: score the merged model before you rely on it"
-    )
+    return None
 
 
 def match_updates(adapter: Adapter, base: Path, shards: list[Shard]) -> dict[str, LayerUpdate | Replacement]:

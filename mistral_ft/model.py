@@ -1,5 +1,6 @@
 """Loading models, and a vision path that costs what the pages cost."""
 
+import importlib.util
 import math
 import os
 import sys
@@ -8,13 +9,22 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import Mistral3ForConditionalGeneration
+from transformers import (
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    Ministral3ForCausalLM,
+    Mistral3ForConditionalGeneration,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
@@ -27,8 +37,8 @@ from mistral_ft.files import read_settings
 MAX_TOWER_PATCHES = 32768
 
 
-class PageMistral3Model(Mistral3Model):
-    """Mistral3Model whose images never see each other in the vision tower.
+class PageEncoder:
+    """Mix-in for models with a Pixtral vision tower: images never see each other in it.
 
     transformers joins all images of a batch into one sequence under a dense block mask: time and memory grow with the
     square of all patches together. Here they form one sequence whose attention knows where each begins. Only the last
@@ -47,7 +57,7 @@ class PageMistral3Model(Mistral3Model):
             An output whose `pooler_output` is a list of tensors of shape (tokens of the image, hidden size).
         """
         assert self.config.vision_feature_layer == -1, "load_base refuses other layers"
-        patch, merge = self.vision_tower.patch_size, self.config.spatial_merge_size
+        patch, merge = self.vision_tower.patch_size, merge_size(self.config)
         grids = [(height // patch, width // patch) for height, width in torch.as_tensor(image_sizes).tolist()]
         features: list[torch.Tensor] = []
         start = 0
@@ -60,21 +70,22 @@ class PageMistral3Model(Mistral3Model):
 
     def _encode_patches(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         """The patches of images of some (rows, columns) to features of shape (tokens, hidden size)."""
-        merge, projector = self.config.spatial_merge_size, self.multi_modal_projector
+        merge, projector = merge_size(self.config), self.multi_modal_projector
         with _grad_if_trained(self.vision_tower):
             hidden = self._run_tower(pixel_values, grids)
         with _grad_if_trained(self.vision_tower, projector):
-            # The projector without its PatchMerger, which sorts patches into cells one image at a time.
-            cells = projector.norm(hidden).unflatten(0, (-1, merge**2)).transpose(1, 2).flatten(1)
-            merged = projector.patch_merger.merging_layer(cells)
-            return projector.linear_2(projector.act(projector.linear_1(merged)))
+            if hasattr(projector, "patch_merger"):  # Pixtral-12B has none
+                # The projector without its PatchMerger, which sorts patches into cells one image at a time.
+                cells = projector.norm(hidden).unflatten(0, (-1, merge**2)).transpose(1, 2).flatten(1)
+                hidden = projector.patch_merger.merging_layer(cells)
+            return projector.linear_2(projector.act(projector.linear_1(hidden)))
 
     def _run_tower(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         """PixtralVisionModel.forward on patches that are cut out already: (patches, hidden size)."""
         tower = self.vision_tower
         weight = tower.patch_conv.weight  # a convolution whose stride is its kernel: one product per patch
         hidden = tower.ln_pre(F.linear(pixel_values.to(weight.dtype), weight.flatten(1)))[None]
-        positions = torch.cat([patch_positions(*grid, self.config.spatial_merge_size) for grid in grids])
+        positions = torch.cat([patch_positions(*grid, merge_size(self.config)) for grid in grids])
         bounds = [0, *accumulate(rows * columns for rows, columns in grids)]
         rotary = tower.patch_positional_embedding(hidden, positions.to(hidden.device))
         packed = {
@@ -84,6 +95,35 @@ class PageMistral3Model(Mistral3Model):
         for layer in tower.transformer.layers:
             hidden = layer(hidden, None, position_embeddings=rotary, **packed)
         return hidden[0]
+
+
+class PageMistral3Model(PageEncoder, Mistral3Model):
+    """Small 3.1 and 3.2, Magistral and Devstral with vision, Ministral 3."""
+
+
+class PageLlavaModel(PageEncoder, LlavaModel):
+    """Pixtral-12B."""
+
+
+# By model_type of config.json: the class, and for models with a vision tower that of their core with our page encoder.
+ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PageEncoder] | None]] = {
+    "mistral3": (Mistral3ForConditionalGeneration, PageMistral3Model),
+    "llava": (LlavaForConditionalGeneration, PageLlavaModel),
+    "mistral": (MistralForCausalLM, None),
+    "ministral3": (Ministral3ForCausalLM, None),
+}
+# What the parts of a model with a vision tower may be.
+TEXT_MODELS, VISION_MODELS = ("mistral", "ministral3"), ("pixtral",)
+
+
+def merge_size(config: Any) -> int:
+    """Patches along the edge of an image token's cell."""
+    return getattr(config, "spatial_merge_size", 1)
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The part with the text layers: the whole core, or beside a vision tower the language model."""
+    return getattr(model.model, "language_model", model.model)
 
 
 @lru_cache(maxsize=256)
@@ -110,24 +150,37 @@ def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
 
 
 def load_base(
-    folder: str | os.PathLike, device: torch.device, sharded: bool = False
-) -> Mistral3ForConditionalGeneration:
+    folder: str | os.PathLike, device: torch.device, sharded: bool = False, four_bit: bool = False
+) -> PreTrainedModel:
     """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
 
     Args:
         sharded: leave each of several processes a share of the text layers; the GPU never holds more than that and
             one whole layer.
+        four_bit: round the text layers' weights to 4 bits, as QLoRA does (Dettmers et al. 2023): NF4 in blocks of 64
+            with scales that are rounded to 8 bits themselves, 0.52 bytes a weight; products are made in bf16.
 
     Raises:
-        UserError: if the folder holds no Mistral3 model, or lacks weights that the model needs.
+        UserError: if the folder holds no model of `ARCHITECTURES`, or lacks weights that the model needs.
     """
     folder = Path(folder)
-    check_model_folder(folder)
+    config = check_model_folder(folder)
+    model_class, page_class = ARCHITECTURES[config["model_type"]]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rounding = {}
+    if four_bit or is_four_bit(config):
+        check_bitsandbytes()
+    if four_bit and not is_four_bit(config):
+        rounding["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+        )  # fmt: skip
     try:
-        model, report = Mistral3ForConditionalGeneration.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            dtype=dtype,
             device_map={"": device} if device.type == "cuda" and not sharded else None,
+            **rounding,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
@@ -142,15 +195,16 @@ def load_base(
         if report[kind]:
             example = min(map(str, report[kind]))
             raise UserError(f"{folder}: {len(report[kind])} weights are {what} for its config.json, such as {example}")
-    # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
-    model.model.__class__ = PageMistral3Model
-    model.config.vision_config._attn_implementation = PACKED
+    if page_class:
+        # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
+        model.model.__class__ = page_class
+        model.config.vision_config._attn_implementation = PACKED
     if sharded:
         shard_layers(model, device)
     return model
 
 
-def shard_layers(model: Mistral3ForConditionalGeneration, device: torch.device) -> None:
+def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     """Move a frozen model to the device, of each text layer this process's share (FSDP2).
 
     Layers are made whole for the moment they run, in forward and in backward. The text layers are 93 % of the 24B;
@@ -160,7 +214,7 @@ def shard_layers(model: Mistral3ForConditionalGeneration, device: torch.device) 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    text = model.model.language_model
+    text = text_model(model)
     mesh = init_device_mesh(device.type, (world_size(),))
     model.requires_grad_(False)
     for layer in text.layers:
@@ -169,8 +223,9 @@ def shard_layers(model: Mistral3ForConditionalGeneration, device: torch.device) 
     fully_shard(text, mesh=mesh, ignored_params={*text.embed_tokens.parameters(), *text.norm.parameters()})
     for module in (text.embed_tokens, text.norm, text.rotary_emb, model.lm_head):
         module.to(device)
-    model.model.vision_tower.to(device)
-    model.model.multi_modal_projector.to(device)
+    if text is not model.model:
+        model.model.vision_tower.to(device)
+        model.model.multi_modal_projector.to(device)
 
 
 def held_bytes(model: nn.Module) -> tuple[int, int]:
@@ -183,8 +238,11 @@ def held_bytes(model: nn.Module) -> tuple[int, int]:
     return held, whole
 
 
-def check_model_folder(folder: Path) -> None:
-    """Refuse what is no Mistral3 model folder, before anything slow starts.
+def check_model_folder(folder: Path) -> dict[str, Any]:
+    """Refuse what is no Mistral model folder, before anything slow starts.
+
+    Returns:
+        What config.json says.
 
     Raises:
         UserError: what is missing or different.
@@ -193,13 +251,38 @@ def check_model_folder(folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} is no model folder")
     config = read_settings(path)
-    if config.get("model_type") != "mistral3":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; supported is 'mistral3'")
-    for part in ("text_config", "vision_config"):
+    kind = config.get("model_type")
+    if kind == "mixtral":
+        raise UserError(f"{path}: Mixtral's experts are not linear layers, which is all that an adapter is made for")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{path}: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and not is_four_bit(config):
+        raise UserError(f"{path}: its weights are quantized ({method}); take the bf16 model they are from")
+    if ARCHITECTURES[kind][1] is None:
+        return config
+    for part, kinds in (("text_config", TEXT_MODELS), ("vision_config", VISION_MODELS)):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{path}: broken: no {part}")
+        if config[part].get("model_type", kinds[0]) not in kinds:
+            raise UserError(f"{path}: {part} is of type {config[part]['model_type']!r}; supported: {', '.join(kinds)}")
     if config.get("vision_feature_layer", -1) != -1:
         raise UserError(f"{path}: vision_feature_layer is {config['vision_feature_layer']}; supported is -1, the last")
+    if kind == "llava" and config.get("vision_feature_select_strategy") != "full":
+        raise UserError(f"{path}: vision_feature_select_strategy is not 'full', as Pixtral has it")
+    return config
+
+
+def is_four_bit(config: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a 4-bit copy made by bitsandbytes."""
+    quantization = config.get("quantization_config") or {}
+    return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
+
+
+def check_bitsandbytes() -> None:
+    """Raises UserError if bitsandbytes, which few need, is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("4-bit weights need bitsandbytes: pip install -r requirements-4bit.txt")
 
 
 def pick_device(gpu_memory_gib: float | None = None, use_cpu: bool = False) -> torch.device:

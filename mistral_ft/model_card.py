@@ -18,17 +18,17 @@ USE = {
     "peft": """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import {auto_class}
 
-base = AutoModelForImageTextToText.from_pretrained("{base_model}", dtype="bfloat16")
+base = {auto_class}.from_pretrained("{base_model}", dtype="bfloat16")
 model = PeftModel.from_pretrained(base, "<this folder>")
 ```""",
     "transformers": """\
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {auto_class}, {reader}
 
-model = AutoModelForImageTextToText.from_pretrained("<this folder>", dtype="bfloat16", device_map="auto")
-processor = AutoProcessor.from_pretrained("<this folder>")
+model = {auto_class}.from_pretrained("<this folder>", dtype="bfloat16", device_map="auto")
+{reads} = {reader}.from_pretrained("<this folder>")
 ```
 
 or `vllm serve <this folder>`.""",
@@ -57,12 +57,13 @@ def write_model_card(
     from huggingface_hub import ModelCardData  # slow to import
 
     known = is_hub_id(base_model)
+    sees = (Path(folder) / "preprocessor_config.json").is_file()  # models that read text only have none
     data = ModelCardData(
         base_model=base_model if known else None,  # the hub takes ids only
         library_name=library,
         license=LICENSES.get(base_model),
-        pipeline_tag="image-text-to-text",
-        tags=["mistral3", "lora"],
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        tags=["mistral3" if sees else "mistral", "lora"],
     )
     # A folder's path says more about its owner's machine than about the model.
     base = f"[{base_model}](https://huggingface.co/{base_model})" if known else f"`{Path(base_model).name}`"
@@ -70,7 +71,13 @@ def write_model_card(
     text += ["## Training\n", _table(_training(adapter, run))]
     if scores:
         text += ["## Scores\n", _table(scores)]
-    text += ["## Use\n", USE[library].format(base_model=base_model if known else "<the base>") + "\n"]
+    use = USE[library].format(
+        base_model=base_model if known else "<the base>",
+        auto_class="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
+        reader="AutoProcessor" if sees else "AutoTokenizer",
+        reads="processor" if sees else "tokenizer",
+    )
+    text += ["## Use\n", use + "\n"]
     text += ["The prompt is what the user wrote: no system message is added.\n"]
     with atomic_write(Path(folder) / "README.md") as file:
         file.write("\n".join(text))
@@ -82,14 +89,20 @@ def card_scores(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         UserError: if it cannot be scored.
     """
+    from mistral_ft.perplexity import perplexity
     from mistral_ft.scoring import Options, figures, score_file
 
-    result = figures(score_file(path, Options()).totals)
+    score = score_file(path, Options())
+    scores = {"predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`"}
+    if score.texts.lines:
+        text = perplexity(score.texts)
+        interval = f"95 % interval {text['perplexity_low']:.4f} to {text['perplexity_high']:.4f}"
+        scores["perplexity"] = f"{text['perplexity']:.4f} ({interval}) on {text['tokens']:,} tokens"
+    if not score.totals.count:
+        return scores
+    result = figures(score.totals)
     interval = f"95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}"
-    scores = {
-        "predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`",
-        "accuracy": f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})",
-    }
+    scores["accuracy"] = f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})"
     names = {"cer": "character error rate", "wer": "word error rate", "anls": "ANLS", "token_f1": "token F1"}
     return scores | {names[key]: f"{result[key]:.4f}" for key in names if result[key] is not None}
 
@@ -102,6 +115,8 @@ def _training(adapter: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     kind = "DoRA" if adapter.get("use_dora") else "rank-stabilised LoRA" if adapter.get("use_rslora") else "LoRA"
     rows["adapter"] = f"{kind}, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
     settings = run.get("settings", {})
+    if settings.get("model", {}).get("load_in_4bit"):
+        rows["base while training"] = "text layers rounded to 4 bits (QLoRA, NF4)"
     given = {**settings.get("lora", {}), **settings.get("training", {})}
     rows |= {name: given[name] for name in SHOWN_SETTINGS if name in given}
     if "versions" in run:

@@ -17,7 +17,7 @@ from mistral_ft.data import RecordDataset, RecordSize
 from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.layers import LayerRunner, set_up_compiler
-from mistral_ft.model import limit_gib
+from mistral_ft.model import limit_gib, text_model
 from mistral_ft.packing import activation_bytes, choose_length, pack, round_up
 from mistral_ft.training import FinetuneTrainer
 
@@ -29,7 +29,7 @@ SPARE_GIB = 0.75
 
 def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
     """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word."""
-    config = model.get_base_model().config.text_config
+    config = model.get_base_model().config.get_text_config()
     kept, at_work = activation_bytes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Still to come for what is trained: gradients and Adam's two moments in fp32.
@@ -94,7 +94,7 @@ class Preflight:
 
     Args:
         trainer: knows the loss and the optimizer.
-        runners: of the text layers, and of the vision tower's.
+        runners: of the text layers, and of the vision tower's if there is one.
         batches: what to try, as the trainer's collator makes it.
     """
 
@@ -215,10 +215,11 @@ def plan_training(
     if packing and args.per_device_train_batch_size > 1:
         raise UserError("--packing: a step holds one sequence; for more of them use --gradient_accumulation_steps")
     runners = take_over_layers(model, compiled=on_gpu if speed.compile is None else speed.compile, packing=packing)
-    text, tower = runners
+    text, *towers = runners
     text.recomputed = text.count if args.recompute else 0
-    # A tower that learns computes its layers twice: it has four times the tokens.
-    tower.recomputed = tower.count if args.recompute or (on_gpu and args.recompute is None) else 0
+    for tower in towers:
+        # A tower that learns computes its layers twice: it has four times the tokens.
+        tower.recomputed = tower.count if args.recompute or (on_gpu and args.recompute is None) else 0
 
     tokens = [size.tokens for size in sizes]
     lengths = [length or speed.pack_length]
@@ -253,14 +254,15 @@ def plan_training(
     )
 
 
-def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> tuple[LayerRunner, LayerRunner]:
-    """Have the layers of the text model and of the vision tower run by a `LayerRunner` each."""
+def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> list[LayerRunner]:
+    """Have the layers of the text model and, if there is one, of the vision tower run by a `LayerRunner` each."""
     if compiled:
         set_up_compiler()
-    core = model.get_base_model().model
-    core.language_model.config._attn_implementation = PACKED
+    base = model.get_base_model()
+    text = text_model(base)
+    text.config._attn_implementation = PACKED
     # Packed sequences have one length. Pages come in many.
-    return (
-        LayerRunner(core.language_model.layers, compiled, dynamic=not packing),
-        LayerRunner(core.vision_tower.transformer.layers, compiled, dynamic=True),
-    )
+    runners = [LayerRunner(text.layers, compiled, dynamic=not packing)]
+    if tower := getattr(base.model, "vision_tower", None):
+        runners.append(LayerRunner(tower.transformer.layers, compiled, dynamic=True))
+    return runners

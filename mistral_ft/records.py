@@ -27,6 +27,7 @@ from mistral_ft.rows import is_table, kind_of, read_objects
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
+MAX_SEQ_LENGTH = 32768  # of a record, likewise
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Record:
         line: line number in it, from 1; of a JSON array or a table the number of the row.
         data: the row's JSON object, made a record by `as_record`.
         images_dir: the folder that image paths are relative to.
+        piece: of a piece of a long plain text, the ids that it is made of; None for whole records.
     """
 
     path: Path
     line: int
     data: dict[str, Any]
     images_dir: Path
+    piece: Sequence[int] | None = None
 
     @property
     def text(self) -> str | None:

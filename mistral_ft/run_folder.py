@@ -21,7 +21,7 @@ from mistral_ft.distributed import rank, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
 from mistral_ft.model_card import write_model_card
-from mistral_ft.prompt import TEMPLATE_VERSION, save_prompt_files
+from mistral_ft.prompt import save_prompt_files
 from mistral_ft.rows import data_files
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
@@ -75,7 +75,7 @@ class Run:
         return run
 
     def _write(self, settings: dict[str, Any], base: Path, rows: int) -> None:
-        save_prompt_files(base, self.folder)
+        template = save_prompt_files(base, self.folder)
         chosen = {
             name: _json(arguments.given if name == "training" else changed_fields(arguments))
             for name, arguments in settings.items()
@@ -93,7 +93,7 @@ class Run:
                 "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
                 "resume": _describe(settings),
                 "prompt": {
-                    "template": TEMPLATE_VERSION,
+                    "template": template,
                     "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
                 },
                 "settings": chosen,
@@ -190,6 +190,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
     training = _json(settings["training"].given)
     return {
         "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
+        "load_in_4bit": settings["model"].load_in_4bit or None,  # as in run.json files from before there was the flag
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
         "evaluation": {"eval_fraction": settings["evaluation"].eval_fraction},
@@ -214,7 +215,8 @@ def _differences(part: str, then: Any, now: Any) -> list[str]:
     """Names of what differs: flags for dictionaries of them, else the part's own name."""
     if isinstance(then, dict):
         return [f"--{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-    names = {"base_model": "base model", "images_dir": "--images_dir", "processes": f"number of processes ({then})"}
+    names = {"base_model": "base model", "processes": f"number of processes ({then})"}
+    names |= {"images_dir": "--images_dir", "load_in_4bit": "--load_in_4bit"}
     return [names.get(part, part)] if then != now else []
 
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from mistral_ft.mistakes import KINDS
+from mistral_ft.perplexity import print_perplexity
 
 FOLD_NAMES = {"case": "capitals", "space": "runs of spaces", "nfc": "Unicode forms"}
 
@@ -27,7 +28,10 @@ def folded(folds: list[str]) -> str:
 
 
 def print_text(result: dict[str, Any], folds: list[str]) -> None:
-    """The summary as text; the first line is the accuracy."""
+    """The summary as text; the first line is the accuracy, or where there is only plain text the perplexity."""
+    if "accuracy" not in result:
+        print_perplexity(result["text"])
+        return
     print(headline(result))
     print_figures(result, folds)
     print_mistakes(result["wrong"])
@@ -37,6 +41,9 @@ def print_text(result: dict[str, Any], folds: list[str]) -> None:
         print_confidence(result["confidence"])
     if "comparison" in result:
         print_comparison(result["comparison"])
+    if "text" in result:
+        print()
+        print_perplexity(result["text"])
 
 
 def print_figures(result: dict[str, Any], folds: list[str], shown: int = 20) -> None:
@@ -156,7 +163,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
 ROWS = {
     "with_error": "with an `error` count as wrong",
     "unanswered": "whose `actual` is missing or no string count as wrong",
-    "without_expected": "without `expected` are left out",
+    "without_expected": "without `expected`, or without `nll` in the case of plain text, are left out",
     "repeated_id": "with an id that stands in the file before count like any other",
 }
 

@@ -20,6 +20,7 @@ from mistral_ft.confidence import confidence_of
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.metrics import FOLDS, Grade, answer_of, fields_of, grade
 from mistral_ft.mistakes import Mistakes
+from mistral_ft.perplexity import Texts, is_scored
 from mistral_ft.progress import Progress
 from mistral_ft.records import check_record, image_blocks
 from mistral_ft.rows import parse_line
@@ -162,12 +163,16 @@ class Score:
     right: array = field(default_factory=lambda: array("b"))  # of the rows with a confidence
     pairing: Pairing = field(default_factory=Pairing)
     wrong: list[bytes] = field(default_factory=list)
+    texts: Texts = field(default_factory=Texts)  # plain texts, which have no answer
 
     def add(self, line: int, raw: bytes, row: dict[str, Any], options: Options) -> None:
         """Count one row."""
         if row.get("id") is not None:
             self.ids.append(stable_hash(row["id"]))
             self.id_lines.append(line)
+        if "messages" not in row and is_scored(row):
+            self.texts.add(line, stable_hash(["id", row["id"]] if row.get("id") is not None else row.get("text")), row)
+            return
         expected = row.get("expected")
         if expected is None:
             self.unexpected.append(line)
@@ -208,6 +213,7 @@ class Score:
         self.pairing.merge(other.pairing, self.lines)
         self.mistakes.merge(other.mistakes, self.lines, options.examples)
         self.totals.merge(other.totals)
+        self.texts.merge(other.texts, self.lines)
         for name, totals in other.slices.items():
             self.slices[name].merge(totals)
         self.lines += other.lines
@@ -251,8 +257,8 @@ def score_file(path: str | os.PathLike, options: Options, wrong: IO[bytes] | Non
                 wrong.writelines(part.wrong)
             if progress:
                 progress.update()
-    if not score.totals.count:
-        raise UserError(f"{path}: no row has `expected`, so there is nothing to score against")
+    if not score.totals.count and not score.texts.lines:
+        raise UserError(f"{path}: no row has `expected`, or is plain text with `nll`, so there is nothing to score")
     if set(score.slices) == {NO_VALUE}:
         raise UserError(f"--by {options.by}: no row of {path} has that field")
     return score

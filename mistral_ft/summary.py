@@ -15,6 +15,7 @@ from mistral_ft.confidence import (
 )
 from mistral_ft.errors import UserError
 from mistral_ft.mistakes import KINDS, Common
+from mistral_ft.perplexity import perplexity
 from mistral_ft.scoring import Score, figures, read_lines
 
 MOST_CONFUSIONS = 50  # of each sort
@@ -25,14 +26,21 @@ def summarize(
     by: str | None = None,
     confidence: dict[str, Any] | None = None,
     comparison: dict[str, Any] | None = None,
+    text_comparison: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that is known of a file; a part that does not apply is left out.
 
     Args:
         by: the field of the slices.
-        confidence, comparison: as `judge_confidence` and `describe_comparison` give them.
+        confidence, comparison, text_comparison: as `judge_confidence`, `describe_comparison` and `compare_texts` give
+            them.
     """
-    result = figures(score.totals)
+    result: dict[str, Any] = {}
+    if score.texts.lines:
+        result["text"] = perplexity(score.texts) | ({"comparison": text_comparison} if text_comparison else {})
+    if not score.totals.count:
+        return result | {"rows": _rows(score)}
+    result |= figures(score.totals)
     mistakes = score.mistakes
     result["wrong"] = {
         "kinds": {kind: mistakes.kinds[kind] for kind in KINDS if mistakes.kinds[kind]},
@@ -49,13 +57,17 @@ def summarize(
         result["confidence"] = confidence
     if comparison:
         result["comparison"] = comparison
-    result["rows"] = {
+    result["rows"] = _rows(score)
+    return result
+
+
+def _rows(score: Score) -> dict[str, list[int]]:
+    return {
         "with_error": list(score.with_error),
         "unanswered": list(score.unanswered),
         "without_expected": list(score.unexpected),
         "repeated_id": score.repeated_ids,
     }
-    return result
 
 
 def _confusions(common: Common) -> dict[str, list[dict[str, Any]]]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from mistral_ft.errors import UserError
 from mistral_ft.formats import as_record
-from mistral_ft.images import ImageFitter
+from mistral_ft.images import TEXT_ONLY, ImageFitter
 from mistral_ft.pages import fingerprint, open_image, page_size
 from mistral_ft.progress import Progress
 from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, encode_record, length_problem
@@ -107,6 +107,7 @@ class RowChecker:
 
     Args:
         encoder, fitter: of the model to train; without them nothing is said about tokens and the size pages are fed at.
+            A model that reads text only has no fitter.
         max_seq_length: tokens that a record may have.
     """
 
@@ -159,6 +160,8 @@ class RowChecker:
                 pages.append(page)
                 grids += [self.fitter.grid(page.width, page.height)] if self.fitter else []
         tokens = None
+        if self.encoder and names and not self.fitter:
+            raise ValueError(TEXT_ONLY)
         if self.encoder and len(grids) == len(names):
             found, tokens = self._check_tokens(record, grids)
             problems += found
@@ -212,7 +215,9 @@ class RowChecker:
         ids, labels = encode_record(self.encoder, record, grids, with_answer=True)
         answer = [label for label in labels if label != IGNORE_INDEX]
         image_tokens = sum(rows * (columns + 1) for rows, columns in grids)
-        if problem := length_problem(len(ids), image_tokens, len(grids), self.max_seq_length):
+        # Plain text is no problem: train cuts it into pieces.
+        problem = length_problem(len(ids), image_tokens, len(grids), self.max_seq_length)
+        if problem and record.text is None:
             problems.append(Problem(LENGTH, problem))
         # Each answer ends with an id of its own.
         learned = [

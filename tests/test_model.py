@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config.json: missing, so .* is no model folder"):
         load_base(tmp_path, CPU)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="model_type is 'llama'; supported is 'mistral3'"):
+    with pytest.raises(UserError, match="model_type is 'llama'; supported are mistral3, llava, mistral, ministral3"):
         load_base(tmp_path, CPU)
 
 

@@ -31,6 +31,7 @@ def test_the_card_of_a_merged_model(tmp_path):
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
     }
     adapter = {"r": 8, "lora_alpha": 16, "use_dora": True}
+    (tmp_path / "preprocessor_config.json").touch()
     write_model_card(tmp_path, "invoices", "transformers", MODEL_ID, adapter, run, {"accuracy": "9/10 = 0.9000"})
     text = (tmp_path / "README.md").read_text()
     assert (
@@ -81,6 +82,16 @@ or `vllm serve <this folder>`.
 The prompt is what the user wrote: no system message is added.
 """
     )
+
+
+def test_the_card_of_a_model_that_reads_text_only(tmp_path):
+    write_model_card(
+        tmp_path, "laws", "transformers", "mistralai/Mistral-7B-Instruct-v0.3", {"r": 8, "lora_alpha": 16}, {}
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    assert 'AutoModelForCausalLM.from_pretrained("<this folder>", dtype="bfloat16", device_map="auto")' in text
+    assert "ImageTextToText" not in text
 
 
 def test_train_writes_the_adapters_card(pages, train_tiny):

@@ -55,7 +55,7 @@ def test_the_first_line_and_every_row_that_needs_a_word(tmp_path, run_cli):
     assert err.splitlines() == [
         "Rows with an `error` count as wrong: 1 (lines 6)",
         "Rows whose `actual` is missing or no string count as wrong: 1 (lines 7)",
-        "Rows without `expected` are left out: 1 (lines 8)",
+        "Rows without `expected`, or without `nll` in the case of plain text, are left out: 1 (lines 8)",
     ]
     assert read_rows(tmp_path / "e.jsonl") == [ROWS[1], ROWS[4], ROWS[5], ROWS[6]]
 
@@ -63,7 +63,7 @@ def test_the_first_line_and_every_row_that_needs_a_word(tmp_path, run_cli):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"actual": "a"}', "no row has `expected`, so there is nothing to score against"),
+        ('{"actual": "a"}', "no row has `expected`, or is plain text with `nll`, so there is nothing to score"),
         ("", "no row has `expected`"),
         ('{"expected": "a", "actual": "a"}\n{"expec', ":2: the line ends in the middle of the record"),
         ('{"expected": 3, "actual": "a"}', ":1: `expected` must be a string"),

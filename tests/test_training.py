@@ -473,7 +473,7 @@ def test_values_that_would_train_nothing_are_refused_by_name(arguments, tmp_path
         FinetuneArguments(output_dir=str(tmp_path), **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"adam_beta2": 1.5}, {"optim": "adamw_bnb_8bit"}, {"optim_args": "x"}])
+@pytest.mark.parametrize("arguments", [{"adam_beta2": 1.5}, {"optim": "galore_adamw"}, {"optim_args": "x"}])
 def test_optimizers_that_cannot_be_built_are_refused_early(arguments, tmp_path):
     with pytest.raises(UserError, match="--optim"):
         check_optimizer(FinetuneArguments(output_dir=str(tmp_path), **arguments))
