@@ -84,3 +84,16 @@ def train_tiny(run_cli, tmp_path):
         return Path(out.split("Adapter saved in ")[1].strip())
 
     return train
+
+
+@pytest.fixture
+def small_pages_base(tmp_path) -> Path:
+    """The embedded base, but fed pages of at most 168 pixels: PDFs are drawn as large as a model is fed."""
+    folder = tmp_path / "small-pages"
+    folder.mkdir()
+    for path in TINY.iterdir():
+        (folder / path.name).symlink_to(path)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"size": {"longest_edge": 168}}))
+    return folder

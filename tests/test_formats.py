@@ -76,8 +76,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def loss_falls(train_tiny):
-    def check(path):
-        run = train_tiny(path, "--max_steps", 6, "--per_device_train_batch_size", 4, "--save_strategy", "no")
+    def check(path, *arguments):
+        steps = ("--max_steps", 6, "--per_device_train_batch_size", 4, "--save_strategy", "no")
+        run = train_tiny(path, *steps, *arguments)
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert len(losses) == 6
@@ -136,9 +137,9 @@ def test_a_data_url(folder, loss_falls):
 
 
 @pytest.mark.parametrize("kind", ["pdf", "tif"])
-def test_pages_of_a_document(folder, loss_falls, kind):
+def test_pages_of_a_document(folder, loss_falls, small_pages_base, kind):
     pages = [Image.new("RGB", (84, 56), color) for color in ("white", "gray", "black")]
     pages[0].save(folder / f"doc.{kind}", save_all=True, append_images=pages[1:])
     rows = [{"messages": [ask(page(f"doc.{kind}#page=2"))], "expected": "gray"}] * 4
     rows += [{"messages": [ask(page(f"doc.{kind}#page=1-3"))], "expected": "three"}] * 4
-    loss_falls(write_jsonl(folder / "train.jsonl", rows))
+    loss_falls(write_jsonl(folder / "train.jsonl", rows), "--model_id", small_pages_base)

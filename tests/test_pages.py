@@ -186,14 +186,14 @@ class TestSteps:
         assert measure_records(ranges, encoder, fitter, 2048) == measure_records(single, encoder, fitter, 2048)
         assert page_lengths(ranges, encoder, fitter) == page_lengths(single, encoder, fitter)
 
-    def test_train_and_predict_take_them(self, folder, train_tiny, run_cli):
+    def test_train_and_predict_take_them(self, folder, train_tiny, run_cli, small_pages_base):
         rows = [
             row(0, "A", ["three.pdf#page=1-2"]),
             row(1, "B", [data_url(folder / "a.png")]),
             row(2, "C", ["one.tif"]),
         ]
         path = write_jsonl(folder / "train.jsonl", rows)
-        run = train_tiny(path, "--max_steps", 1)
+        run = train_tiny(path, "--max_steps", 1, "--model_id", small_pages_base)
         code, _, err = run_cli("predict", path, run, "-o", folder / "out.jsonl", "--max_new_tokens", 1)
         assert code == 0, err
         assert [answer["messages"] for answer in read_rows(folder / "out.jsonl")] == [r["messages"] for r in rows]
