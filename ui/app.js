@@ -327,6 +327,8 @@ function cancel() {
 }
 
 async function saveEdit() {
+  // The list is being made again, and the record with it; the text stays in the editor.
+  if (!state.record) return notify("The list is being made again; save once more.");
   const { key } = state.record;
   const text = $("edited").value;
   state.drafts.delete(key);
