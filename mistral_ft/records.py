@@ -103,11 +103,16 @@ class Record:
 def as_predicted(row: dict[str, Any]) -> dict[str, Any]:
     """A row that predict may have seen as it would have written it; a row that is no record as it is."""
     try:
-        data = as_record(row)
-        check_record(data)
+        return Record(Path(), 0, checked(row), Path()).row
     except ValueError:
         return row
-    return Record(Path(), 0, data, Path()).row
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a data file as a checked record; raises ValueError if it is none, in one line."""
+    data = as_record(row)
+    check_record(data)
+    return data
 
 
 def read_records(

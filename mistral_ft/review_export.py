@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
-from mistral_ft.formats import as_record
 from mistral_ft.predictions import PREDICTED
-from mistral_ft.records import Record, check_record
+from mistral_ft.records import Record, check_record, checked
 from mistral_ft.review_index import key_of
 from mistral_ft.reviews import Review, log_path, read_log
 from mistral_ft.rows import read_objects
@@ -62,8 +61,7 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
                 before, seen[identity] = seen[identity], seen[identity] + 1
                 review = reviews.get(identity + (f"-{before}" if before else ""), review)
             try:
-                data = as_record({name: value for name, value in row.items() if name not in PREDICTED})
-                check_record(data)
+                data = checked({name: value for name, value in row.items() if name not in PREDICTED})
                 record = review.apply(Record(source, line, data, source.parent).row)
                 check_record(record, expected_required=True)
             except ValueError as error:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import UserError
-from mistral_ft.formats import as_record
 from mistral_ft.pages import page_size
 from mistral_ft.prompt import encode_record
-from mistral_ft.records import Record, check_record, image_blocks
+from mistral_ft.records import Record, checked, image_blocks
 from mistral_ft.review_pages import find_page
 
 MOST_TOKENS = 20_000  # that are shown one by one
@@ -39,9 +38,7 @@ class TokenView:
             ValueError: if the record cannot be encoded, in one line.
         """
         encoder, fitter = self._load()
-        row = as_record(row)
-        check_record(row)
-        record = Record(Path(), 1, row, images_dir)
+        record = Record(Path(), 1, checked(row), images_dir)
         sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(record.messages)]
         grids = [fitter.grid(*size) for size in sizes]
         ids, labels = encode_record(encoder, record, grids, with_answer=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mistral_ft import plots
-from mistral_ft.formats import as_record
 from mistral_ft.images import ImageFitter
 from mistral_ft.pages import open_image
-from mistral_ft.records import Record, check_record
+from mistral_ft.records import Record, checked
 from mistral_ft.references import is_data_url
 from mistral_ft.report import templates
 from mistral_ft.rows import parse_line, read_rows
@@ -66,8 +65,7 @@ def _thumbnails(
             if problem is None or left == 0:
                 continue
             try:
-                data = as_record(parse_line(raw, first=line == 1) or {})
-                check_record(data)
+                data = checked(parse_line(raw, first=line == 1) or {})
             except ValueError:
                 continue
             paths = Record(source.path, line, data, source.images_dir).image_paths
