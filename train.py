@@ -58,6 +58,9 @@ def main() -> None:
     if eval_args.wanted and args.eval_strategy == "no":
         args.eval_strategy = "epoch"
     args.keep_best |= eval_args.early_stopping_patience is not None
+    fp8 = model_args.base_dtype == "fp8"
+    if fp8 and (model_args.load_in_4bit or speed_args.shard_base or lora_args.use_dora):
+        raise UserError("--base_dtype fp8 goes with none of --load_in_4bit, --shard_base and --use_dora; leave it out")
     if speed_args.shard_base and lora_args.use_dora:
         raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
     if speed_args.shard_base and model_args.load_in_4bit:
@@ -77,6 +80,7 @@ def main() -> None:
 
     from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.evaluation import Evaluator, divide, hold_out
+    from mistral_ft.fp8 import check_fp8
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
@@ -99,6 +103,8 @@ def main() -> None:
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
     if model_args.load_in_4bit:
         check_bitsandbytes()
+    if fp8:
+        check_fp8(device)
 
     check_optimizer(args)
     check_trackers(args)
@@ -147,7 +153,7 @@ def main() -> None:
         status.update("preparing")
         set_seed(args.seed)
         model = load_base(
-            find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.load_in_4bit
+            find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.load_in_4bit, fp8
         )
         model = add_adapter(model, lora_args, model_args.model_id)
         print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))

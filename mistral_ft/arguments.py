@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -131,6 +131,9 @@ class ModelArguments:
     """What to train."""
 
     model_id: str = _field(MODEL_ID, "Base model: a hub id or a folder.")
+    base_dtype: Literal["bf16", "fp8"] = _field(
+        "bf16", "fp8: keep the weights of the text layers in 8 bits, and multiply so; needs an Ada or Hopper GPU."
+    )
     load_in_4bit: bool = _field(
         False, "QLoRA: keep the weights of the text layers in 4 bits, for smaller cards; needs requirements-4bit.txt."
     )

@@ -32,6 +32,7 @@ from mistral_ft.attention import PACKED
 from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
+from mistral_ft.fp8 import round_layers
 
 # Patches that go through the vision tower at once: about three full pages. More make it no faster and cost memory.
 MAX_TOWER_PATCHES = 32768
@@ -150,7 +151,7 @@ def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
 
 
 def load_base(
-    folder: str | os.PathLike, device: torch.device, sharded: bool = False, four_bit: bool = False
+    folder: str | os.PathLike, device: torch.device, sharded: bool = False, four_bit: bool = False, fp8: bool = False
 ) -> PreTrainedModel:
     """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
 
@@ -159,6 +160,8 @@ def load_base(
             one whole layer.
         four_bit: round the text layers' weights to 4 bits, as QLoRA does (Dettmers et al. 2023): NF4 in blocks of 64
             with scales that are rounded to 8 bits themselves, 0.52 bytes a weight; products are made in bf16.
+        fp8: round them to FP8, 1 byte a weight; products are made in FP8 too (see `FP8Linear`). The GPU never holds
+            more than that and one whole layer.
 
     Raises:
         UserError: if the folder holds no model of `ARCHITECTURES`, or lacks weights that the model needs.
@@ -179,7 +182,8 @@ def load_base(
         model, report = model_class.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device} if device.type == "cuda" and not sharded else None,
+            # Elsewhere the weights stay in their files, mapped into memory, until their layer has its turn.
+            device_map={"": device} if device.type == "cuda" and not (sharded or fp8) else None,
             **rounding,
             use_safetensors=True,
             output_loading_info=True,
@@ -201,6 +205,9 @@ def load_base(
         model.config.vision_config._attn_implementation = PACKED
     if sharded:
         shard_layers(model, device)
+    if fp8:
+        round_layers(text_model(model).layers, device)
+        model.to(device)
     return model
 
 
