@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mistral_ft.errors import UserError
 
@@ -46,8 +45,8 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(a, a_scale, b, b_scale, dtype: torch.dtype) -> torch.Tensor:
-    by_row = F.ScalingType.RowWise
-    return F.scaled_mm(a, b, a_scale, by_row, b_scale, by_row, output_dtype=dtype, use_fast_accum=True)
+    # torch.nn.functional.scaled_mm is the same, but torch 2.11 does not compile it.
+    return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=True)
 
 
 class FP8Linear(nn.Linear):
