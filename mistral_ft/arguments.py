@@ -18,6 +18,9 @@ from mistral_ft.errors import ArgumentParser, OneLineErrors, UserError
 from mistral_ft.hub import MODEL_ID
 from mistral_ft.records import MAX_SEQ_LENGTH
 
+# What the weights of a base's text layers may be rounded to while they are loaded.
+FOUR_BITS, FP8 = "4 bits", "FP8"
+
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
 --lr_scheduler_type cosine, --save_steps 500, --resume_from_checkpoint output/<name> (or auto: the newest run with the
@@ -138,6 +141,23 @@ class ModelArguments:
         False, "QLoRA: keep the weights of the text layers in 4 bits, for smaller cards; needs requirements-4bit.txt."
     )
     gpu_memory_gib: float | None = _field(None, "GPU memory to get by with, as on a smaller card (default: all).")
+
+    @property
+    def rounding(self) -> str | None:
+        """What the base's weights are rounded to."""
+        return rounding_of(vars(self))
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these arguments, one line each."""
+        both = self.load_in_4bit and self.base_dtype == "fp8"
+        return ["--base_dtype fp8 and --load_in_4bit True exclude each other"] if both else []
+
+
+def rounding_of(settings: dict[str, Any]) -> str | None:
+    """What a base's weights are rounded to by `ModelArguments`, which may be those in a run.json; None for nothing."""
+    if settings.get("load_in_4bit"):
+        return FOUR_BITS
+    return FP8 if settings.get("base_dtype") == "fp8" else None
 
 
 @dataclass

@@ -5,7 +5,7 @@ from torch import nn
 
 from mistral_ft.errors import UserError
 
-FP8 = torch.float8_e4m3fn
+E4M3 = torch.float8_e4m3fn
 # Products of FP8 take matrices whose edges are multiples of this.
 EDGE = 16
 
@@ -20,8 +20,8 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         The numbers, FP8 of shape (rows, n), and what to multiply them with, fp32 of shape (rows, 1).
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(FP8).max
-    return (x / scale).to(FP8), scale
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(E4M3).max
+    return (x / scale).to(E4M3), scale
 
 
 class _Product(torch.autograd.Function):
@@ -59,7 +59,7 @@ class FP8Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(x, self.weight.view(FP8), self.scale)
+        return _Product.apply(x, self.weight.view(E4M3), self.scale)
 
 
 def round_layers(layers: nn.ModuleList, device: torch.device) -> None:
@@ -79,10 +79,3 @@ def round_layers(layers: nn.ModuleList, device: torch.device) -> None:
             linear.__class__ = FP8Linear
             linear.weight = nn.Parameter(weight.view(torch.uint8), requires_grad=False)
             linear.register_buffer("scale", scale, persistent=False)
-
-
-def check_fp8(device: torch.device) -> None:
-    """Raises UserError if the GPU has no products of FP8; a CPU computes them, slowly."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"--base_dtype fp8 needs a GPU of the Ada or Hopper generation or later; this is an {name}")
