@@ -47,7 +47,7 @@ def main() -> None:
         return
     silence_others()
     sharding = take_sharding()
-    from mistral_ft.training import FinetuneArguments
+    from mistral_ft.training_arguments import FinetuneArguments
 
     data_args, model_args, lora_args, eval_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
@@ -96,7 +96,8 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
-    from mistral_ft.training import FinetuneTrainer, check_optimizer, check_trackers
+    from mistral_ft.training import FinetuneTrainer
+    from mistral_ft.training_arguments import check_optimizer, check_trackers
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
@@ -182,7 +183,8 @@ def main() -> None:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None
 
         if trainer.stopped:
-            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, which is saved")
+            step = trainer.state.global_step
+            raise KeyboardInterrupt(f"stopped after step {step}, which is saved" if step else "stopped before a step")
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
@@ -191,6 +193,7 @@ def main() -> None:
         status.update("saving")
         from_first(lambda: run.save_adapter(model))
         trainer.save_state()
+        trainer.clear_up()
     print_peak_memory(device)
     print(f"Adapter saved in {run.folder}")
     finish()
