@@ -47,8 +47,8 @@ class MergeComparison:
         if count:
             unmerged, merged = (math.exp(nll / tokens) for nll in self.nll)
             print(
-                f"Compared on {count} plain texts of {name}, {tokens:,} tokens: perplexity {unmerged:.6g} with the adapter "
-                f"unmerged, {merged:.6g} merged"
+                f"Compared on {count} plain texts of {name}, {tokens:,} tokens: perplexity {unmerged:.6g} with "
+                f"the adapter unmerged, {merged:.6g} merged"
             )
         if not self.answers:
             return

@@ -124,7 +124,7 @@ CASES = {
         pages, "data/test.jsonl", ["eval loss ", "Accuracy = 10/10 ", SAME], [*STEPS, *HALVES]
     ),
     "Documents, on a card of 24 GB, in 4 bits": Case(
-        pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to 4 bits) and has learned to make up for", SAME], STEPS
+        pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to 4 bits) and has learned", SAME], STEPS
     ),
     "More pages to a record": Case(pages, "data/contracts.jsonl", ["Accuracy = 20/20 ", SAME], [*STEPS, *HALVES]),
     "`[INST]` rows of text": Case(
