@@ -47,7 +47,7 @@ def main() -> None:
         return
     silence_others()
     sharding = take_sharding()
-    from mistral_ft.training import FinetuneArguments
+    from mistral_ft.training_arguments import FinetuneArguments
 
     data_args, model_args, lora_args, eval_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
@@ -97,7 +97,8 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
-    from mistral_ft.training import FinetuneTrainer, check_optimizer, check_trackers
+    from mistral_ft.training import FinetuneTrainer
+    from mistral_ft.training_arguments import check_optimizer, check_trackers
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)

@@ -234,7 +234,7 @@ class EvaluationArguments:
         """Everything wrong with these arguments, one line each.
 
         Args:
-            args: a `training.FinetuneArguments`.
+            args: a `training_arguments.FinetuneArguments`.
         """
         found = []
         if self.eval_dataset is not None and self.eval_fraction is not None:

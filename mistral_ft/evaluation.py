@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from mistral_ft.arguments import BETTER_HIGH
 from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, RecordSize, TrainingCollator
@@ -186,27 +185,3 @@ def verdict(history: Sequence[dict[str, Any]], metric: str, kept: int) -> str:
     went = "grew no better" if now == value else "fell" if metric in BETTER_HIGH else "rose"
     told = f"{name} {went} after {when}, from {value:.4f} to {now:.4f}: the adapter is that of step {kept}"
     return told if kept == best["step"] else f"{told}; --load_best_model_at_end True keeps the best"
-
-
-class EvaluationCallback(TrainerCallback):
-    """Evaluates at the end too, says what came out, saves the best step, and ends what has long grown no better.
-
-    Args:
-        patience: evaluations in a row without a better one that end the run; None: it goes on.
-    """
-
-    def __init__(self, patience: int | None):
-        self.patience = patience
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate |= args.eval_strategy == "steps" and state.global_step >= state.max_steps
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if rank() == 0:
-            Progress.print(f"step {state.global_step}: {describe(metrics)}")
-        best = best_evaluation(state.log_history, args.metric_for_best_model)
-        if not args.keep_best or best is None:
-            return
-        control.should_save |= best["step"] == state.global_step
-        since = sum("eval_loss" in entry and entry["step"] > best["step"] for entry in state.log_history)
-        control.should_training_stop |= self.patience is not None and since >= self.patience

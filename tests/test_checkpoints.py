@@ -151,10 +151,11 @@ def settings_of(command):
         SpeedArguments,
         TrainParser,
     )
+    from mistral_ft.training_arguments import FinetuneArguments
 
     names = ("data", "model", "lora", "speed", "evaluation", "training")
     ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, EvaluationArguments)
-    parsed = TrainParser((*ours, training.FinetuneArguments)).parse(list(map(str, command)))
+    parsed = TrainParser((*ours, FinetuneArguments)).parse(list(map(str, command)))
     return dict(zip(names, parsed, strict=True))
 
 

@@ -15,7 +15,8 @@ from mistral_ft.model import load_base
 from mistral_ft.preflight import plan_training
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneArguments, FinetuneTrainer
+from mistral_ft.training import FinetuneTrainer
+from mistral_ft.training_arguments import FinetuneArguments
 from tests.conftest import ROOT, TINY, make_page, row, write_jsonl
 
 # Where a flag is shown to act, if not by `learned` below.
