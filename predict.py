@@ -3,7 +3,8 @@
     python -m predict dataset/test.jsonl output/<name>
 
 Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file; plain text gets `nll` instead, its
-negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. Finished rows go to
+negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. What a model thinks before the
+answer ([THINK]) goes to `thinking`. Finished rows go to
 <name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
 gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
 
@@ -105,7 +106,7 @@ def main() -> int:
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
-    from mistral_ft.predictions import Predictions
+    from mistral_ft.predictions import Predictions, is_unsaid
     from mistral_ft.progress import Progress
     from mistral_ft.rows import data_files
     from mistral_ft.run_folder import versions
@@ -176,6 +177,9 @@ def main() -> int:
     for i, reason in failed.items() if rank() == 0 else ():
         print(f"error: {records[i].error(reason)}", file=sys.stderr)
     print(f"{len(rows)} rows in {output}, {len(failed)} with an error")
+    unsaid = from_first(lambda: sum(is_unsaid(row) for row in predictions.done.values()))
+    if unsaid:
+        print(f"{unsaid} cut off in their thinking, so `actual` is empty: raise --max_new_tokens")
     print_peak_memory(device)
     finish()
     return 1 if failed else 0

@@ -37,7 +37,7 @@ FAULTS = {
     ),
     "unknown block": (
         '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-        "message 1: block 1: unknown type 'image_url'; expected 'text' or 'image'",
+        "message 1: block 1: unknown type 'image_url'; expected 'text', 'image' or 'thinking'",
     ),
     "image without path": (
         '{"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}',
