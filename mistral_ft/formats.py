@@ -197,8 +197,8 @@ def _from_parts(message: Any) -> dict[str, Any]:
 def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
     """The messages up to the last, which is the answer to learn, and that answer.
 
-    All messages and None if it is no text to learn, but a tool call, of weight 0 or with thinking. Earlier answers are learned too, as
-    other toolkits do.
+    All messages and None if it is no text to learn, but a tool call, of weight 0 or with thinking. Earlier answers are
+    learned too, as other toolkits do.
     """
     last = messages[-1]
     if last.get("role") != "assistant":

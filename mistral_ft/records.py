@@ -2,9 +2,9 @@
 
     {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, "tools"?: [...]}
 
-A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them; in
-messages of the assistant and the system also {"type": "thinking", "thinking": str or [text block, ...], "closed"?: bool},
-as in Mistral's API.
+A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them; of
+the assistant and the system also {"type": "thinking", "thinking": str or [text block, ...], "closed"?: bool}, as in
+Mistral's API.
 Without `expected` the last messages may be the assistant's: then all of the assistant's messages are learned, but for
 those with `weight` 0. In records with `expected` it is learned alone, and those of the assistant's messages whose
 `weight` is 1.
@@ -260,11 +260,6 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
                 raise ValueError(f"block {number}: {error}") from None
     elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
         raise ValueError(f"`content` must be a string or a list of blocks, got {kind_of(content)}")
-    # The model itself could not tell where the thinking ends and the answer begins.
-    if role == "assistant" and isinstance(content, list):
-        behind = [*content[1:], *(message.get("tool_calls") or [])]
-        if any(block.get("closed") is False for block, _ in zip(content, behind, strict=False)):
-            raise ValueError("thinking that is not `closed` must be the last of an assistant message")
     if role == "assistant" and not content and not message.get("tool_calls"):
         raise ValueError("an assistant message says nothing: it needs `content` or `tool_calls`")
     weight = message.get("weight")
@@ -274,6 +269,11 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
         if role != "assistant":
             raise ValueError(f"`tool_calls` belong in an assistant message, not in one of role {role!r}")
         _check_tool_calls(message["tool_calls"])
+    if isinstance(content, list):
+        behind = [*content[1:], *(message.get("tool_calls") or [])]
+        # Nobody could tell where it ends.
+        if any(block.get("closed") is False for block, _ in zip(content, behind, strict=False)):
+            raise ValueError("thinking that is not `closed` must be the last thing in its message")
     if not isinstance(message.get("tool_call_id", ""), str):
         raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
 
@@ -296,6 +296,17 @@ def _check_tool_calls(calls: Any) -> None:
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")
 
 
+def _check_thinking(thinking: Any, closed: Any) -> None:
+    if isinstance(thinking, list):
+        for part in thinking:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError("the list in `thinking` must hold text blocks and nothing else")
+    elif not isinstance(thinking, str):
+        raise ValueError(f"`thinking` must be a string or a list of text blocks, got {kind_of(thinking)}")
+    if not isinstance(closed, bool | None):
+        raise ValueError(f"`closed` must be true or false, got {kind_of(closed)}")
+
+
 def _check_block(block: Any, role: str) -> None:
     if not isinstance(block, dict):
         raise ValueError(f"expected an object with `type`, got {kind_of(block)}")
@@ -312,13 +323,6 @@ def _check_block(block: Any, role: str) -> None:
     elif kind == "thinking":
         if role not in ("assistant", "system"):
             raise ValueError(f"thinking belongs in an assistant or system message, not in one of role {role!r}")
-        thinking = block.get("thinking")
-        parts = thinking if isinstance(thinking, list) else []
-        if not isinstance(thinking, str | list) or not all(
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
-        ):
-            raise ValueError(f"`thinking` must be a string or a list of text blocks, got {kind_of(thinking)}")
-        if not isinstance(block.get("closed"), bool | None):
-            raise ValueError(f"`closed` must be true or false, got {kind_of(block['closed'])}")
+        _check_thinking(block.get("thinking"), block.get("closed"))
     else:
         raise ValueError(f"unknown type {kind!r}; expected 'text', 'image' or 'thinking'")
