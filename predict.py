@@ -106,7 +106,7 @@ def main() -> int:
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
     from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
-    from mistral_ft.predictions import Predictions, is_unsaid
+    from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
     from mistral_ft.rows import data_files
     from mistral_ft.run_folder import versions
@@ -177,9 +177,10 @@ def main() -> int:
     for i, reason in failed.items() if rank() == 0 else ():
         print(f"error: {records[i].error(reason)}", file=sys.stderr)
     print(f"{len(rows)} rows in {output}, {len(failed)} with an error")
-    unsaid = from_first(lambda: sum(is_unsaid(row) for row in predictions.done.values()))
+    unsaid = from_first(lambda: [row for row in predictions.done.values() if "thinking" in row and not row["actual"]])
     if unsaid:
-        print(f"{unsaid} cut off in their thinking, so `actual` is empty: raise --max_new_tokens")
+        cut = sum(row["finish_reason"] == "length" for row in unsaid)
+        print(f"{len(unsaid)} hold thinking without an answer, {cut} of them cut off by --max_new_tokens")
     print_peak_memory(device)
     finish()
     return 1 if failed else 0

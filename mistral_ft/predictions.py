@@ -20,11 +20,6 @@ from mistral_ft.metrics import is_hit
 PREDICTED = ("actual", "thinking", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
 
 
-def is_unsaid(row: dict[str, Any]) -> bool:
-    """Whether a finished row was cut off in its thinking, before there was an answer."""
-    return "thinking" in row and not row["actual"] and row["finish_reason"] == "length"
-
-
 class Predictions:
     """Rows on their way into a predictions file.
 
