@@ -3,7 +3,6 @@
 Plain data in, plain data out; nothing here knows of tokens.
 """
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -62,10 +61,9 @@ def thinking_text(block: dict[str, Any]) -> str:
     return thinking if isinstance(thinking, str) else "".join(part["text"] for part in thinking)
 
 
-def thinking_of(messages: Sequence[Message]) -> str:
-    """All that messages think."""
-    blocks = itertools.chain.from_iterable(message["content"] for message in merge_messages(messages))
-    return "".join(thinking_text(block) for block in blocks if block["type"] == "thinking")
+def thinking_of(message: Message) -> str:
+    """All the thinking of a merged message."""
+    return "".join(thinking_text(block) for block in message["content"] if block["type"] == "thinking")
 
 
 def said(message: Message) -> str:

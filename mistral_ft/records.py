@@ -82,7 +82,7 @@ class Record:
         """Every text that training learns, in order; of answers what they think, then what they say."""
         if self.text is not None:
             return [self.text]
-        return [thinking_of([m]) + answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
+        return [thinking_of(m) + answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
 
     @property
     def row(self) -> dict[str, Any]:
