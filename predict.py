@@ -65,9 +65,14 @@ def parse_arguments():
         action=argparse.BooleanOptionalAction,
         help="keep the text layers' weights in 4 bits (default: as the adapter was trained)",
     )
+    parser.add_argument(
+        "--base_dtype", choices=("bf16", "fp8"), help="or in FP8, or not (default: as the adapter was trained)"
+    )
     parser.add_argument("--gpu_memory_gib", type=float, help="GPU memory to get by with (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing a stopped run")
     args = parser.parse_args()
+    if args.load_in_4bit and args.base_dtype:
+        parser.error("--load_in_4bit and --base_dtype exclude each other")
     if args.batch_size != "auto":
         if not args.batch_size.isdecimal():
             parser.error(f"--batch_size {args.batch_size}: must be a number or auto")
@@ -105,7 +110,7 @@ def main() -> int:
 
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-    from mistral_ft.model import pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model import check_rounding, pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
     from mistral_ft.rows import data_files
@@ -116,7 +121,8 @@ def main() -> int:
     device = pick_device(args.gpu_memory_gib)
 
     # 2. The model's folders and prompt settings; the weights come later.
-    folders = ModelFolders.find(args.model, args.load_in_4bit)
+    folders = ModelFolders.find(args.model, args.load_in_4bit, args.base_dtype)
+    check_rounding(folders.rounding, device)
     encoder, fitter = folders.load_prompt()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.

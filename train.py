@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mistral_ft.arguments import (
     EPILOG,
+    FP8,
     CheckpointArguments,
     DataArguments,
     EvaluationArguments,
@@ -52,7 +53,7 @@ def main() -> None:
         (*ours, FinetuneArguments), prog="python -m train"
     ).parse()
     speed_args.shard_base |= sharding
-    problems = lora_args.problems() + speed_args.problems() + checkpoint_args.problems()
+    problems = model_args.problems() + lora_args.problems() + speed_args.problems() + checkpoint_args.problems()
     if problems := problems + eval_args.problems(args, speed_args.shard_base):
         raise UserError("; ".join(problems))
     if eval_args.wanted and args.eval_strategy == "no":
@@ -60,8 +61,10 @@ def main() -> None:
     args.keep_best |= eval_args.early_stopping_patience is not None
     if speed_args.shard_base and lora_args.use_dora:
         raise UserError("--use_dora True needs whole layers, and --shard_base True has none; leave one of them out")
-    if speed_args.shard_base and model_args.load_in_4bit:
-        raise UserError("--load_in_4bit True cannot be sharded: 4-bit weights fit one card; leave out --shard_base")
+    if speed_args.shard_base and model_args.rounding:
+        raise UserError(f"weights rounded to {model_args.rounding} are not sharded; leave out --shard_base")
+    if lora_args.use_dora and model_args.rounding == FP8:
+        raise UserError("--use_dora True needs the weights themselves, not --base_dtype fp8; leave one of them out")
 
     limit_pixels(data_args.max_image_pixels)
 
@@ -81,8 +84,8 @@ def main() -> None:
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter
     from mistral_ft.model import (
-        check_bitsandbytes,
         check_model_folder,
+        check_rounding,
         held_bytes,
         load_base,
         pick_device,
@@ -97,8 +100,7 @@ def main() -> None:
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
-    if model_args.load_in_4bit:
-        check_bitsandbytes()
+    check_rounding(model_args.rounding, device)
 
     check_optimizer(args)
     check_trackers(args)
@@ -146,9 +148,7 @@ def main() -> None:
         # 5. The base, frozen, and the adapter.
         status.update("preparing")
         set_seed(args.seed)
-        model = load_base(
-            find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.load_in_4bit
-        )
+        model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.rounding)
         model = add_adapter(model, lora_args, model_args.model_id)
         print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
         if speed_args.shard_base:

@@ -2,7 +2,7 @@
 
     python -m bench.random_24b /tmp/24b --tekken tekken_240911.json
     python -m bench.make_pages /tmp/pages --count 64
-    python -m bench.train_speed /tmp/24b /tmp/pages/pages.jsonl --gpu_memory_gib 78.5
+    python -m bench.train_speed --gpu_memory_gib 78.5 /tmp/24b /tmp/pages/pages.jsonl [-- --base_dtype fp8]
 
 The usual recipe is what scripts with peft do today: dropout 0.05, fp32 adapters under autocast, every layer
 checkpointed, all logits, one page a step, transformers' own forward. Tokens are those of records: padding does not
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="runs of train: the first compiles, later ones need not")
     parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of speed")
     parser.add_argument("--fp32", action="store_true", help="with --check: against fp32 too, which takes 110 GiB")
-    parser.add_argument("more", nargs="*", help="further arguments of train, after --")
+    parser.add_argument("more", nargs="*", help="after -- at the end: further arguments of train")
     args = parser.parse_args()
     device = pick_device(args.gpu_memory_gib)
 

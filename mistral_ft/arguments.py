@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -17,6 +17,9 @@ from mistral_ft.distributed import world_size
 from mistral_ft.errors import ArgumentParser, OneLineErrors, UserError
 from mistral_ft.hub import MODEL_ID
 from mistral_ft.records import MAX_SEQ_LENGTH
+
+# What the weights of a base's text layers may be rounded to while they are loaded.
+FOUR_BITS, FP8 = "4 bits", "FP8"
 
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
@@ -131,10 +134,30 @@ class ModelArguments:
     """What to train."""
 
     model_id: str = _field(MODEL_ID, "Base model: a hub id or a folder.")
+    base_dtype: Literal["bf16", "fp8"] = _field(
+        "bf16", "fp8: keep the weights of the text layers in 8 bits, and multiply so; needs an Ada or Hopper GPU."
+    )
     load_in_4bit: bool = _field(
         False, "QLoRA: keep the weights of the text layers in 4 bits, for smaller cards; needs requirements-4bit.txt."
     )
     gpu_memory_gib: float | None = _field(None, "GPU memory to get by with, as on a smaller card (default: all).")
+
+    @property
+    def rounding(self) -> str | None:
+        """What the base's weights are rounded to."""
+        return rounding_of(vars(self))
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these arguments, one line each."""
+        both = self.load_in_4bit and self.base_dtype == "fp8"
+        return ["--base_dtype fp8 and --load_in_4bit True exclude each other"] if both else []
+
+
+def rounding_of(settings: dict[str, Any]) -> str | None:
+    """What a base's weights are rounded to by `ModelArguments`, which may be those in a run.json; None for nothing."""
+    if settings.get("load_in_4bit"):
+        return FOUR_BITS
+    return FP8 if settings.get("base_dtype") == "fp8" else None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, GenerationConfig
 
+from mistral_ft.arguments import FOUR_BITS, FP8
 from mistral_ft.attention import PACKED
 from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator, check_images
 from mistral_ft.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
@@ -29,7 +30,6 @@ from mistral_ft.layers import Seeds
 from mistral_ft.lora import TEXT_LAYERS, Adapter
 from mistral_ft.model import (
     ARCHITECTURES,
-    check_bitsandbytes,
     check_model_folder,
     is_four_bit,
     limit_gib,
@@ -60,21 +60,23 @@ class ModelFolders:
         base: hub id or folder of the base or merged model.
         folder: its folder; of a hub id's files, the weights may still be missing there.
         adapter: the adapter on top of it, or None.
-        four_bit: whether the text layers' weights are kept in 4 bits. The adapter then stays beside them: merged into
-            such weights it would be rounded away.
+        rounding: what the text layers' weights are rounded to. The adapter then stays beside them: merged into such
+            weights it would be rounded away.
     """
 
     base: str
     folder: Path
     adapter: Adapter | None = None
-    four_bit: bool = False
+    rounding: str | None = None
 
     @classmethod
-    def find(cls, model: str, four_bit: bool | None = None) -> "ModelFolders":
+    def find(cls, model: str, four_bit: bool | None = None, base_dtype: str | None = None) -> "ModelFolders":
         """An adapter folder and the base it names, or a model folder or hub id by itself.
 
         Args:
-            four_bit: None keeps the weights as the adapter was trained on them.
+            four_bit: whether to keep the weights in 4 bits.
+            base_dtype: "fp8" keeps them in FP8, "bf16" does not. Where both are None, the weights are those that the
+                adapter was trained on.
 
         Raises:
             UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
@@ -82,23 +84,27 @@ class ModelFolders:
         if not Adapter.is_one(model):
             if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
                 raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit)
+            return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit, base_dtype)
         adapter = Adapter(model)
         run = find_run_folder(model)
         trained_with = trained_tokenizer(run)
         if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
             raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        four_bit = adapter.four_bit or None if four_bit is None else four_bit
-        return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit)
+        return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit, base_dtype)
 
     @classmethod
-    def _with_weights(cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool | None) -> "ModelFolders":
+    def _with_weights(
+        cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool | None, base_dtype: str | None
+    ) -> "ModelFolders":
         is_copy = is_four_bit(check_model_folder(folder))
-        if is_copy and four_bit is False:
-            raise UserError(f"--no-load_in_4bit: {folder} holds 4-bit weights only; name the bf16 model they are from")
+        if is_copy and (four_bit is False or base_dtype):
+            flag = f"--base_dtype {base_dtype}" if base_dtype else "--no-load_in_4bit"
+            raise UserError(f"{flag}: {folder} holds 4-bit weights only; name the bf16 model they are from")
         if is_copy or four_bit:
-            check_bitsandbytes()
-        return cls(base, folder, adapter, is_copy or bool(four_bit))
+            return cls(base, folder, adapter, FOUR_BITS)
+        if four_bit is None and base_dtype is None:
+            return cls(base, folder, adapter, adapter and adapter.rounding)
+        return cls(base, folder, adapter, FP8 if base_dtype == "fp8" else None)
 
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
@@ -109,10 +115,10 @@ class ModelFolders:
         return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
 
     def load(self, device: torch.device):
-        """The model with the adapter, ready to generate: merged into it, beside it with 4-bit weights."""
+        """The model with the adapter, ready to generate: merged into it, or beside rounded weights."""
         folder = find_model_folder(self.base)
-        model = load_base(folder, device, four_bit=self.four_bit)
-        if self.adapter and self.four_bit:
+        model = load_base(folder, device, rounding=self.rounding)
+        if self.adapter and self.rounding:
             wrapped = self.adapter.put_on(model)
             Seeds(wrapped)  # runs the adapter in the base's dtype, as in training
             model = wrapped.get_base_model()
@@ -132,7 +138,7 @@ class ModelFolders:
         parts.append(sha256_file(self.folder / "config.json"))
         if self.adapter:
             parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
-        parts += ["4-bit"] if self.four_bit else []
+        parts += [self.rounding] if self.rounding else []
         return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
 
 
@@ -220,8 +226,8 @@ def cache_tokens(folders: ModelFolders, device: torch.device, longest: int) -> i
     config = AutoConfig.from_pretrained(folders.folder)
     with torch.device("meta"):
         model = ARCHITECTURES[config.model_type][0](config)
-    # 4-bit weights with their scales, and the adapter beside them in fp32, at most so much of the weights.
-    layer = 0.55 if folders.four_bit else 2
+    # Rounded weights with their scales, and the adapter beside them in fp32: together at most so many bytes a weight.
+    layer = {FOUR_BITS: 0.55, FP8: 1.05, None: 2}[folders.rounding]
     weights = sum(
         p.numel() * (layer if re.fullmatch(rf"({TEXT_LAYERS})\.weight", name) else 2)
         for name, p in model.named_parameters()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mistral_ft.arguments import LoraArguments
+from mistral_ft.arguments import LoraArguments, rounding_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
 from mistral_ft.hub import find_model_folder
@@ -203,9 +203,9 @@ class Adapter:
         return read_run(folder) if (folder / RUN_FILE).is_file() else {}
 
     @property
-    def four_bit(self) -> bool:
-        """Whether train made it on a base that was rounded to 4 bits while it was loaded."""
-        return bool(self.run.get("settings", {}).get("model", {}).get("load_in_4bit"))
+    def rounding(self) -> str | None:
+        """What the base's weights were rounded to, while they were loaded, for train to make it; None if nothing."""
+        return rounding_of(self.run.get("settings", {}).get("model", {}))
 
     @staticmethod
     def is_one(folder: str | os.PathLike) -> bool:

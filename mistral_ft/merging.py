@@ -52,7 +52,8 @@ def find_base(adapter: Adapter, base_model: str | None) -> Path:
 
 def base_note(adapter: Adapter, base_model: str) -> str | None:
     """What it means to merge onto this base, if it is not quite the one the adapter was trained on; else None."""
-    kind = "rounded to 4 bits" if adapter.four_bit else find_quantization(adapter.base_model)
+    rounding = adapter.rounding
+    kind = f"rounded to {rounding}" if rounding else find_quantization(adapter.base_model)
     if kind:
         return (
             f"Merging onto {base_model}; the adapter was trained on {adapter.base_model} ({kind}) and has learned to "

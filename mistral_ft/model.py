@@ -28,10 +28,12 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 from transformers.utils import logging
 
+from mistral_ft.arguments import FOUR_BITS, FP8
 from mistral_ft.attention import PACKED
 from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
+from mistral_ft.fp8 import round_layers
 
 # Patches that go through the vision tower at once: about three full pages. More make it no faster and cost memory.
 MAX_TOWER_PATCHES = 32768
@@ -150,15 +152,17 @@ def _grad_if_trained(*modules: nn.Module) -> torch.set_grad_enabled:
 
 
 def load_base(
-    folder: str | os.PathLike, device: torch.device, sharded: bool = False, four_bit: bool = False
+    folder: str | os.PathLike, device: torch.device, sharded: bool = False, rounding: str | None = None
 ) -> PreTrainedModel:
     """Load a base or merged model: bf16 on a GPU, where it goes without a copy in RAM, fp32 on a CPU.
 
     Args:
         sharded: leave each of several processes a share of the text layers; the GPU never holds more than that and
             one whole layer.
-        four_bit: round the text layers' weights to 4 bits, as QLoRA does (Dettmers et al. 2023): NF4 in blocks of 64
-            with scales that are rounded to 8 bits themselves, 0.52 bytes a weight; products are made in bf16.
+        rounding: what to round the text layers' weights to: FOUR_BITS, FP8 or nothing. To 4 bits as QLoRA does
+            (Dettmers et al. 2023): NF4 in blocks of 64 with scales that are rounded to 8 bits themselves, 0.52 bytes a
+            weight; products are made in bf16. To FP8: 1 byte a weight, and products are made in it (see `FP8Linear`);
+            the GPU never holds more than that and one whole layer.
 
     Raises:
         UserError: if the folder holds no model of `ARCHITECTURES`, or lacks weights that the model needs.
@@ -167,11 +171,12 @@ def load_base(
     config = check_model_folder(folder)
     model_class, page_class = ARCHITECTURES[config["model_type"]]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rounding = {}
-    if four_bit or is_four_bit(config):
-        check_bitsandbytes()
-    if four_bit and not is_four_bit(config):
-        rounding["quantization_config"] = BitsAndBytesConfig(
+    quantization = {}
+    if rounding == FP8 and is_four_bit(config):
+        raise UserError(f"--base_dtype fp8: {folder} holds 4-bit weights only; name the bf16 model they are from")
+    check_rounding(FOUR_BITS if is_four_bit(config) else rounding, device)
+    if rounding == FOUR_BITS and not is_four_bit(config):
+        quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
         )  # fmt: skip
@@ -179,8 +184,9 @@ def load_base(
         model, report = model_class.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device} if device.type == "cuda" and not sharded else None,
-            **rounding,
+            # Elsewhere the weights stay in their files, mapped into memory, until their layer has its turn.
+            device_map={"": device} if device.type == "cuda" and not sharded and rounding != FP8 else None,
+            **quantization,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
@@ -201,6 +207,9 @@ def load_base(
         model.config.vision_config._attn_implementation = PACKED
     if sharded:
         shard_layers(model, device)
+    if rounding == FP8:
+        round_layers(text_model(model).layers, device)
+        model.to(device)
     return model
 
 
@@ -279,10 +288,15 @@ def is_four_bit(config: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
 
 
-def check_bitsandbytes() -> None:
-    """Raises UserError if bitsandbytes, which few need, is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+def check_rounding(rounding: str | None, device: torch.device) -> None:
+    """Raises UserError if weights cannot be rounded so here."""
+    # Few need the package.
+    if rounding == FOUR_BITS and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("4-bit weights need bitsandbytes: pip install -r requirements-4bit.txt")
+    # Compute capability 8.9 is Ada's; a CPU computes such products too.
+    if rounding == FP8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"--base_dtype fp8 needs a GPU of the Ada or Hopper generation or a later one; this is {name}")
 
 
 def pick_device(gpu_memory_gib: float | None = None, use_cpu: bool = False) -> torch.device:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.arguments import FOUR_BITS, rounding_of
 from mistral_ft.files import atomic_write, sha256_file
 from mistral_ft.hub import LICENSES, is_hub_id
 
@@ -115,8 +116,8 @@ def _training(adapter: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     kind = "DoRA" if adapter.get("use_dora") else "rank-stabilised LoRA" if adapter.get("use_rslora") else "LoRA"
     rows["adapter"] = f"{kind}, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
     settings = run.get("settings", {})
-    if settings.get("model", {}).get("load_in_4bit"):
-        rows["base while training"] = "text layers rounded to 4 bits (QLoRA, NF4)"
+    if rounding := rounding_of(settings.get("model", {})):
+        rows["base while training"] = f"text layers rounded to {rounding}" + " (QLoRA, NF4)" * (rounding == FOUR_BITS)
     given = {**settings.get("lora", {}), **settings.get("training", {})}
     rows |= {name: given[name] for name in SHOWN_SETTINGS if name in given}
     if "versions" in run:

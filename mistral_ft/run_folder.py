@@ -190,7 +190,7 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
     training = _json(settings["training"].given)
     return {
         "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
-        "load_in_4bit": settings["model"].load_in_4bit or None,  # as in run.json files from before there was the flag
+        "rounding": settings["model"].rounding,
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
         "evaluation": {"eval_fraction": settings["evaluation"].eval_fraction},
@@ -216,7 +216,7 @@ def _differences(part: str, then: Any, now: Any) -> list[str]:
     if isinstance(then, dict):
         return [f"--{name}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
     names = {"base_model": "base model", "processes": f"number of processes ({then})"}
-    names |= {"images_dir": "--images_dir", "load_in_4bit": "--load_in_4bit"}
+    names |= {"images_dir": "--images_dir", "rounding": "--load_in_4bit or --base_dtype"}
     return [names.get(part, part)] if then != now else []
 
 

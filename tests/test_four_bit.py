@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft import model as model_module
-from mistral_ft.arguments import LoraArguments
+from mistral_ft.arguments import FOUR_BITS, LoraArguments
 from mistral_ft.layers import LoraLinear, Seeds
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import load_base
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 
 def test_the_text_layers_and_nothing_else_are_rounded(base):
-    model, exact = load_base(base, CPU, four_bit=True), load_base(base, CPU)
+    model, exact = load_base(base, CPU, rounding=FOUR_BITS), load_base(base, CPU)
     rounded = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     layers = {name for name, m in exact.named_modules() if isinstance(m, nn.Linear) and "language_model.layers" in name}
     assert rounded == layers
@@ -54,7 +54,7 @@ def test_the_text_layers_and_nothing_else_are_rounded(base):
 
 
 def test_our_lora_layer_gives_what_peft_gives(base):
-    ours = add_adapter(load_base(base, CPU, four_bit=True), LoraArguments(lora_dropout=0), "base")
+    ours = add_adapter(load_base(base, CPU, rounding=FOUR_BITS), LoraArguments(lora_dropout=0), "base")
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -80,7 +80,7 @@ def test_it_trains_predicts_and_merges(base, data, more, train_tiny, run_cli, tm
         line["loss"] for line in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in line
     ]
     assert losses[-1] < losses[0]
-    assert Adapter(run).four_bit
+    assert Adapter(run).rounding == FOUR_BITS
     assert "rounded to 4 bits (QLoRA, NF4)" in (run / "README.md").read_text()
 
     answers = {}
@@ -112,14 +112,14 @@ def test_the_adapter_is_run_on_the_rounded_base(base, data, train_tiny, run_cli,
     last = read_rows(tmp_path / "a.jsonl")[4]
     ids = torch.tensor([encoder.encode(last["messages"])[0]])
     best = {}
-    for four_bit in (True, False):
-        model = Adapter(run).put_on(load_base(base, CPU, four_bit=four_bit)).eval()
+    for rounding in (FOUR_BITS, None):
+        model = Adapter(run).put_on(load_base(base, CPU, rounding=rounding)).eval()
         with torch.no_grad():
-            best[four_bit] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
+            best[rounding] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
     code, _, err = run_cli("predict", data, run, "-o", "one.jsonl", "--max_new_tokens", 1)
     assert code == 0, err
-    assert read_rows(tmp_path / "one.jsonl")[4]["confidence"]["sum"] == pytest.approx(best[True], abs=1e-3)
-    assert abs(best[True] - best[False]) > 1e-2
+    assert read_rows(tmp_path / "one.jsonl")[4]["confidence"]["sum"] == pytest.approx(best[FOUR_BITS], abs=1e-3)
+    assert abs(best[FOUR_BITS] - best[None]) > 1e-2
 
 
 def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_cli, tmp_path):
@@ -135,7 +135,7 @@ def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_
 
 def test_a_copy_in_4_bits_is_taken_as_it_is(base, data, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = load_base(base, CPU, four_bit=True)
+    model = load_base(base, CPU, rounding=FOUR_BITS)
     model.model.__class__ = Mistral3Model  # as transformers knows it
     shutil.copytree(base, "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained("copy")
