@@ -227,6 +227,8 @@ class PromptEncoder:
 
     def thought(self, ids: Sequence[int]) -> list[bool]:
         """Whether each id is thinking: from [THINK] to [/THINK] or, where it is not closed, to the end."""
+        if self.control.think not in ids:
+            return [False] * len(ids)
         found, inside = [], False
         for i in ids:
             inside = inside or i == self.control.think

@@ -93,9 +93,9 @@ export function showRecord(record, by) {
         none: "no answer",
         note: sure === null || sure === undefined ? "" : ` confidence ${percent(sure)}`,
       }),
-      thought(record.thinking),
     );
   }
+  answers.push(thought(record.thinking));
   if (record.other) {
     const other = record.other;
     const note = other.right === null ? "" : other.right ? " right" : " wrong";
