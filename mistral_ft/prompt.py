@@ -152,7 +152,10 @@ class PromptEncoder:
             messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
         merged = merge_messages(expand_pages(messages))
         if control.think is None and any(map(thinks, merged)):
-            raise ValueError(f"thinking: the model's prompt, of version {version.name}, has no [THINK] for it")
+            raise ValueError(
+                f"thinking: the model's prompt, of version {version.name}, has no [THINK]; "
+                "leave it out, or take a model that thinks"
+            )
         merged, system = self._arrange(merged)
         users = [k for k, message in enumerate(merged) if message["role"] == "user"]
         places = {"first": users[0], "last": users[-1]}

@@ -80,10 +80,10 @@ def test_train_predict_merge_and_score(train_tiny, run_cli, tmp_path, monkeypatc
 def test_a_model_without_think_refuses_by_line(run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "data.jsonl", [{"id": 9, "messages": [user("a")], "expected": "b"}, *ROWS])
-    reason = "data.jsonl:2: thinking: the model's prompt, of version v7, has no [THINK] for it"
+    reason = "data.jsonl:2: thinking: the model's prompt, of version v7, has no [THINK]; leave it out, or take"
     assert run_cli("train", "--dataset", "data.jsonl", "--model_id", TINY)[2].startswith(f"error: {reason}")
     assert run_cli("predict", "data.jsonl", TINY)[2].startswith(f"error: {reason}")
-    assert run_cli("validate_data", "data.jsonl", "--model_id", TINY)[1].splitlines()[0] == reason
+    assert run_cli("validate_data", "data.jsonl", "--model_id", TINY)[1].startswith(f"{reason} a model that thinks\n")
     assert not list(tmp_path.glob("output/*"))
 
 
