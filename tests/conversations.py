@@ -167,11 +167,20 @@ CHATS = {
        for k, s in enumerate(NASTY) if s.strip()},
 }  # fmt: skip
 
-# As Ministral 3 Reasoning's model card has it; Magistral's differs in a few words.
+# The system message of Ministral 3 Reasoning; Magistral's differs in a few words.
 HOW_TO_THINK = system(
     [
-        text("Your thinking process must follow the template below:"),
-        thinking("Your thoughts or/and draft, like working through an exercise on scratch paper.", closed=True),
+        text(
+            "# HOW YOU SHOULD THINK AND ANSWER\n\nFirst draft your thinking process (inner monologue) until you arrive at "
+            "a response. Format your response using Markdown, and use LaTeX for any mathematical equations. Write both "
+            "your thoughts and the response in the same language as the input.\n\nYour thinking process must follow the "
+            "template below:"
+        ),
+        thinking(
+            "Your thoughts or/and draft, like working through an exercise on scratch paper. Be as casual and as long "
+            "as you want until you are confident to generate the response to the user.",
+            closed=True,
+        ),
         text("Here, provide a self-contained response."),
     ]
 )
