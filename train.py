@@ -185,7 +185,8 @@ def main() -> None:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None
 
         if trainer.stopped:
-            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, which is saved")
+            step = trainer.state.global_step
+            raise KeyboardInterrupt(f"stopped after step {step}, which is saved" if step else "stopped before a step")
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
@@ -194,6 +195,7 @@ def main() -> None:
         status.update("saving")
         from_first(lambda: run.save_adapter(model))
         trainer.save_state()
+        trainer.clear_up()
     print_peak_memory(device)
     print(f"Adapter saved in {run.folder}")
     finish()

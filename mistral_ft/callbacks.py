@@ -5,12 +5,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mistral_ft.distributed import rank
-from mistral_ft.evaluation import best_evaluation, describe
+from mistral_ft.evaluation import best_evaluation, describe, ends_epoch, evaluation_is_due, is_worn_out
 from mistral_ft.progress import Progress
 
 
 class EpochCallback(TrainerCallback):
-    """Gives each epoch its order."""
+    """Gives each epoch its order, and does at its last step what is to be done at its end: a checkpoint knows of it."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -18,17 +18,46 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.batches.epoch = int(state.epoch or 0)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = evaluation_is_due(args, state)
+        control.should_log |= args.logging_strategy == "epoch" and ends_epoch(state)
+        control.should_save |= args.save_strategy == "epoch" and ends_epoch(state)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate = control.should_save = False
+
+
+class EvaluationCallback(TrainerCallback):
+    """Says what an evaluation found, saves the best step, and ends what has long grown no better.
+
+    Args:
+        patience: evaluations in a row without a better one that end the run; None: it goes on.
+    """
+
+    def __init__(self, patience: int | None):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if rank() == 0:
+            Progress.print(f"step {state.global_step}: {describe(metrics)}")
+        best = best_evaluation(state.log_history, args.metric_for_best_model)
+        control.should_save |= args.keep_best and best is not None and best["step"] == state.global_step
+        control.should_training_stop |= is_worn_out(state.log_history, args.metric_for_best_model, self.patience)
+
 
 class SaveCallback(TrainerCallback):
-    """Saves and ends where the processes agreed to."""
+    """Saves and ends where the processes agreed to; comes after `EpochCallback`."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= self.trainer.save_agreed or self.trainer.stop_agreed
-        if self.trainer.stop_agreed and state.global_step < state.max_steps:
-            control.should_training_stop = self.trainer.stopped = True
+        trainer = self.trainer
+        control.should_save |= trainer.save_agreed
+        trainer.save_due = control.should_save or args.save_strategy == "best"
+        # An evaluation can wait until the run goes on; a run that is over need not.
+        if trainer.stop_agreed and (state.global_step < state.max_steps or control.should_evaluate):
+            trainer.stop_here()
 
 
 class GradientCheck(TrainerCallback):
@@ -73,27 +102,3 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.progress.close()
-
-
-class EvaluationCallback(TrainerCallback):
-    """Evaluates at the end too, says what came out, saves the best step, and ends what has long grown no better.
-
-    Args:
-        patience: evaluations in a row without a better one that end the run; None: it goes on.
-    """
-
-    def __init__(self, patience: int | None):
-        self.patience = patience
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate |= args.eval_strategy == "steps" and state.global_step >= state.max_steps
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if rank() == 0:
-            Progress.print(f"step {state.global_step}: {describe(metrics)}")
-        best = best_evaluation(state.log_history, args.metric_for_best_model)
-        if not args.keep_best or best is None:
-            return
-        control.should_save |= best["step"] == state.global_step
-        since = sum("eval_loss" in entry and entry["step"] > best["step"] for entry in state.log_history)
-        control.should_training_stop |= self.patience is not None and since >= self.patience

@@ -106,7 +106,10 @@ class MergeComparer:
             steps = min(_equal_length(ids, other_ids) + 1, len(ids), len(other_ids))
             difference = max(difference, (logits[:steps] - other_logits[:steps]).abs().max().item())
             low, high = min(low, logits.min().item()), max(high, logits.max().item())
-        decode = self.encoder.decode
+
+        def decode(ids: list[int]) -> str:
+            return self.encoder.decode_thinking(ids) + self.encoder.decode(ids)
+
         answers = [(decode(ids), decode(other_ids)) for (ids, _), (other_ids, _) in zip(first, second, strict=True)]
         texts = len(self.texts), sum(len(piece) for piece in self._pieces())
         return MergeComparison(answers, texts, (nll, merged_nll), difference, (low, high))

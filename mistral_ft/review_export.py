@@ -62,7 +62,9 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
                 review = reviews.get(identity + (f"-{before}" if before else ""), review)
             try:
                 data = checked({name: value for name, value in row.items() if name not in PREDICTED})
-                record = review.apply(Record(source, line, data, source.parent).row)
+                # Only a row that is corrected needs its answer apart; in others calls and thinking stay as they are.
+                row = data if review.expected is None else Record(source, line, data, source.parent).row
+                record = review.apply(row)
                 check_record(record, expected_required=True)
             except ValueError as error:
                 errors.append(RecordError(source, line, str(error)))

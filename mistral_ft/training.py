@@ -22,9 +22,16 @@ from transformers.trainer_callback import DefaultFlowCallback
 from mistral_ft import checkpoints
 from mistral_ft.callbacks import EpochCallback, EvaluationCallback, GradientCheck, ProgressCallback, SaveCallback
 from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, TrainingCollator
-from mistral_ft.distributed import gather, rank, sum_gradients, total, vote, world_size
+from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
-from mistral_ft.evaluation import Evaluator, best_evaluation, verdict
+from mistral_ft.evaluation import (
+    EvaluationStopped,
+    Evaluator,
+    best_evaluation,
+    evaluation_is_due,
+    is_worn_out,
+    verdict,
+)
 from mistral_ft.layers import EmbeddingNoise, Seeds
 from mistral_ft.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.run_log import RunLog
@@ -66,6 +73,7 @@ class FinetuneTrainer(Trainer):
     Attributes:
         stop: entered while training; asks to save and end at the next step.
         stopped: whether training ended for that.
+        save_due: whether the arguments ask for a checkpoint of this step, which the best step or a stop may need too.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class FinetuneTrainer(Trainer):
         **kwargs,
     ):
         self.learning_rates, self.b_rate_ratio = learning_rates or {}, b_rate_ratio
-        self.evaluator = evaluator
+        self.evaluator, self.patience = evaluator, patience
         super().__init__(*args, eval_dataset=evaluator and evaluator.dataset, **kwargs)
         self.status = status or Status(Path(self.args.output_dir))
         # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
@@ -100,12 +108,13 @@ class FinetuneTrainer(Trainer):
         # Dropout differs from process to process, and is that of a single one in the first.
         torch.manual_seed(self.args.seed + rank())
         self.stop, self.stopped, self.timer = Stop(), False, Timer(save_minutes)
-        self.save_agreed = self.stop_agreed = False
+        self.save_agreed = self.stop_agreed = self.save_due = False
         self.saw_images = False
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self._staging: Path | None = None
         self._tokens = 0
         self._logged_at: float | None = None
+        self._began_at: int | None = None  # the step that a run which is continued had reached, else 0
 
     def use_packs(self, dataset: RecordDataset, packs: Sequence[Sequence[int]], pad_id: int, length: int | None = None):
         """Train on packs of the dataset's records (see `packing`), filled up to `length` tokens where it is given."""
@@ -153,8 +162,29 @@ class FinetuneTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs):
         """Trainer's, unless the run was over when it was resumed: Trainer would make one step more."""
-        if self.state.global_step < self.state.max_steps:
+        self._begin()
+        worn_out = is_worn_out(self.state.log_history, self.args.metric_for_best_model, self.patience)
+        if self.state.global_step < self.state.max_steps and not (self.stopped or worn_out):
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's; a run that was over at the end of an epoch had none to run."""
+        self._begin()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _begin(self) -> None:
+        """Once: evaluate, if that is due at the step where the run begins and was not done before it was stopped."""
+        if self._began_at is not None:
+            return
+        step = self._began_at = self.state.global_step
+        done = any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
+        if evaluation_is_due(self.args, self.state) and not done:
+            self._evaluate(None, None, skip_scheduler=step == 0)
+
+    def stop_here(self) -> None:
+        """Save this step and end; an evaluation that is due is made when the run goes on."""
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = self.stopped = True
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
@@ -295,9 +325,15 @@ class FinetuneTrainer(Trainer):
             self._logged_at += time.perf_counter() - started  # it is no time of training
         return metrics
 
+    def _evaluate(self, *args, **kwargs):
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.stop_here()
+
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Whether this evaluation is the best; Trainer's own would have it remove checkpoints by itself."""
-        return self.best_step == self.state.global_step
+        """Whether to save with --save_strategy best; Trainer's own would have it remove checkpoints by itself."""
+        return self.control.should_save or self.best_step == self.state.global_step
 
     @property
     def best_step(self) -> int | None:
@@ -319,17 +355,23 @@ class FinetuneTrainer(Trainer):
                 kept = best
         print(verdict(self.state.log_history, self.args.metric_for_best_model, kept))
 
+    def clear_up(self) -> None:
+        """When the adapter is saved: remove checkpoints that were only there to get so far."""
+        if self.args.save_strategy == "no":
+            from_first(lambda: checkpoints.remove_all_unless_due(Path(self.args.output_dir)))
+
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk: the adapter and the optimizer's two moments in fp32, and some room."""
         return 13 * sum(parameter.numel() for parameter in self.trained) + 2**20
 
     def _save_checkpoint(self, model, trial):
-        run, step, keep = Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit
-        best = self.best_step if self.args.keep_best else None
+        run, step = Path(self.args.output_dir), self.state.global_step
         self.status.update("saving")
-        with checkpoints.writing(run, step, self.checkpoint_bytes(), keep, best) as self._staging:
+        with checkpoints.writing(run, step, self.checkpoint_bytes(), self.save_due) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None
+        limit, best = self.args.save_total_limit, self.best_step if self.args.keep_best else None
+        from_first(lambda: checkpoints.remove_old(run, step, limit, best, self._began_at))
         self.timer.restart()
 
     def _get_output_dir(self, trial):

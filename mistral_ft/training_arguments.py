@@ -47,6 +47,7 @@ class FinetuneArguments(TrainingArguments):
         given: the arguments that the user set, as they were set.
         recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
         keep_best: whether the adapter of the best evaluation is the one that is kept.
+        evaluate_first: whether to evaluate before the first step too.
         noise: of NEFTune, see `EmbeddingNoise`; None: without.
     """
 
@@ -105,6 +106,8 @@ class FinetuneArguments(TrainingArguments):
             self.activation_checkpointing = None
         # Trainer's own way would need evaluations and checkpoints at the same steps, and saves before it compares.
         self.keep_best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        # Trainer's own would evaluate when a run is continued, too.
+        self.evaluate_first, self.eval_on_start = self.eval_on_start, False
         # Trainer's own takes a sequence for a record.
         self.noise, self.neftune_noise_alpha = self.neftune_noise_alpha, None
         self.bf16 = False  # no autocast: every layer knows its dtype

@@ -11,7 +11,7 @@ from PIL import Image
 from mistral_ft.predictions import Predictions
 from mistral_ft.reviews import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
-from tests.test_server import OTHER, Server, wait_for
+from tests.test_server import OTHER, THOUGHT, Server, wait_for, write_status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -316,6 +316,19 @@ def test_compare_and_numbers(start, open_page, folder):
     shown(page, "2")
 
 
+def test_thinking_is_folded_away(start, open_page, folder):
+    write_jsonl(folder / "thought.jsonl", [THOUGHT | {"id": "a", "thinking": "<b>Hm.</b>\nSo A."}])
+    write_jsonl(folder / "o.jsonl", [THOUGHT | {"id": "a", "thinking": "Other."}])
+    page = open_page(start("--compare", folder / "o.jsonl", file="thought.jsonl"))
+    shown(page, "a")
+    assert page.get_by_test_id("actual").inner_text() == "A"
+    folded = page.locator("details.thinking")
+    assert [part.locator(".text").is_visible() for part in folded.all()] == [False, False, False]
+    for part in folded.all():
+        part.locator("summary").click()
+    assert folded.locator(".text").all_inner_texts() == ["<b>Hm.</b>\nSo A.", "Other.", "Draft."]
+
+
 def test_rows_appear_while_the_file_grows(start, open_page, folder):
     page = open_page(start())
     total(page, "6 rows")
@@ -341,8 +354,9 @@ def test_no_field_of_a_record_can_run_a_script(start, open_page, folder):
         {"id": worse, "messages": [{"role": "user", "content": [{"type": "text", "text": worse},
          {"type": "image", "image": worse}]}], "expected": worse, "actual": worse + "x",
          "confidence": {"min": -1, "mean": worse, "tokens": worse, "fields": {worse: {"min": -1}}},
-         "finish_reason": worse, **fields},
-        {"id": {"a": evil}, "messages": [{"role": worse, "content": worse, "tool_calls": [evil]}], "error": worse,
+         "finish_reason": worse, "thinking": worse, **fields},
+        {"id": {"a": evil}, "messages": [{"role": worse, "content": worse, "tool_calls": [evil]},
+         {"role": "assistant", "content": [{"type": "thinking", "thinking": evil}]}], "error": worse,
          "expected": json.dumps({worse: worse}), "tools": [evil], **fields},
         {"messages": evil, "expected": [evil], "actual": evil},
     ]  # fmt: skip
@@ -536,3 +550,50 @@ def test_a_predict_that_ends_keeps_the_row_and_what_is_typed(start, open_page, f
             break
         assert page.input_value("#edited") == "typed"
     assert [line["id"] for line in read_rows(log_path(folder / "run.jsonl"))] == [0]
+
+
+def test_training_runs_are_told_while_they_last(start, folder, open_page):
+    runs = folder / "runs"
+    run = write_status(runs / "happy-otter", state="training", step=1200, steps=3000, loss=0.31234, seconds_left=3940)
+    (run / "loss.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"/>')
+    page = open_page(start("--runs_dir", runs))
+    line = "name => [...document.querySelectorAll('.run')].some((run) => run.innerText.replace(/\\s+/g, ' ') === name)"
+    until(page, line, "happy-otter training step 1,200 of 3,000 loss 0.3123 1:05:40 left Loss curve")
+    page.get_by_role("button", name="Loss curve").click()
+    until(page, "document.querySelector('#plot').naturalWidth === 80")
+    page.keyboard.press("Escape")
+    write_status(run, state="failed", step=1201, steps=3000, error="<b>no</b> memory")
+    until(page, line, "happy-otter failed: <b>no</b> memory step 1,201 of 3,000 Loss curve")
+    shutil.rmtree(run)
+    until(page, "document.querySelector('#runs').hidden")
+
+
+def test_without_runs_nobody_asks_for_them(start, folder, open_page):
+    server = start("--runs_dir", folder)
+    page = open_page(server)
+    shown(page, "0")
+    assert page.locator("#runs").is_hidden()
+    asked = []
+    page.route("**/api/runs*", lambda route: (asked.append(1), route.continue_()))
+    # As without the folder.
+    page.route("**/api/status*", lambda route: route.fulfill(json=route.fetch().json() | {"runs": False}))
+    page.reload()
+    shown(page, "0")
+    page.wait_for_timeout(500)
+    assert asked == []
+
+
+def test_a_hidden_tab_asks_for_no_runs(start, folder, open_page):
+    write_status(folder / "runs/happy-otter", state="training")
+    page = open_page(start("--runs_dir", folder / "runs"))
+    until(page, "!document.querySelector('#runs').hidden")
+    asked = []
+    page.on("request", lambda request: "/api/runs" in request.url and asked.append(1))
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', {get: () => window.away, configurable: true}), window.away = true"
+    )
+    page.wait_for_timeout(7000)
+    assert len(asked) <= 1  # one may have been on its way
+    asked.clear()
+    page.evaluate("window.away = false, document.dispatchEvent(new Event('visibilitychange'))")
+    wait_for(lambda: page.evaluate("1") and asked)
