@@ -171,10 +171,10 @@ CHATS = {
 HOW_TO_THINK = system(
     [
         text(
-            "# HOW YOU SHOULD THINK AND ANSWER\n\nFirst draft your thinking process (inner monologue) until you arrive at "
-            "a response. Format your response using Markdown, and use LaTeX for any mathematical equations. Write both "
-            "your thoughts and the response in the same language as the input.\n\nYour thinking process must follow the "
-            "template below:"
+            "# HOW YOU SHOULD THINK AND ANSWER\n\nFirst draft your thinking process (inner monologue) until you arrive "
+            "at a response. Format your response using Markdown, and use LaTeX for any mathematical equations. Write "
+            "both your thoughts and the response in the same language as the input.\n\nYour thinking process must "
+            "follow the template below:"
         ),
         thinking(
             "Your thoughts or/and draft, like working through an exercise on scratch paper. Be as casual and as long "
