@@ -28,6 +28,9 @@ def parse_arguments():
     parser.add_argument(
         "--model", help="model or run folder, for the token view (default: output/<name>, if it is there)"
     )
+    parser.add_argument(
+        "--runs_dir", help="folder of training runs whose progress is shown (default: output, if it is there)"
+    )
     parser.add_argument("--export", metavar="FILE", help="write the corrected data set to FILE and end")
     args = parser.parse_args()
     if not 0 <= args.port < 65536:
@@ -76,6 +79,9 @@ def main() -> None:
     images_dir = Path(args.images_dir) if args.images_dir else path.parent
     if not images_dir.is_dir():
         raise UserError(f"{images_dir}: no such folder of images; give it with -i")
+    if args.runs_dir and not Path(args.runs_dir).is_dir():
+        raise UserError(f"--runs_dir {args.runs_dir}: no such folder; give the --output_dir of train")
+    runs_dir = Path(args.runs_dir or "output")
 
     # 2. Only the data set of an earlier review?
     if args.export:
@@ -112,7 +118,8 @@ def main() -> None:
     listening = listen(args.host, args.port)
     port = listening.getsockname()[1]
     log = ReviewLog(path)
-    app = ReviewApp(Desk(path, log, other), images_dir, TokenView(args.model or find_run(path)))
+    tokens = TokenView(args.model or find_run(path))
+    app = ReviewApp(Desk(path, log, other), images_dir, tokens, runs_dir if runs_dir.is_dir() else None)
 
     # 5. Serve until Ctrl-C.
     config = uvicorn.Config(

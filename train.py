@@ -47,7 +47,7 @@ def main() -> None:
         return
     silence_others()
     sharding = take_sharding()
-    from mistral_ft.training import FinetuneArguments
+    from mistral_ft.training_arguments import FinetuneArguments
 
     data_args, model_args, lora_args, eval_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
@@ -71,7 +71,8 @@ def main() -> None:
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)
     held_out = read_records(eval_args.eval_dataset or (), data_args.images_dir, expected_required=True)
-    if (lora_args.vision_lora or lora_args.train_projector) and not any(record.image_paths for record in records):
+    sees = lora_args.vision_lora or lora_args.train_projector
+    if sees and lora_args.init_adapter is None and not any(record.image_paths for record in records):
         raise UserError("--vision_lora and --train_projector have no effect: no record has an image")
 
     import torch
@@ -82,7 +83,7 @@ def main() -> None:
     from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder
     from mistral_ft.images import ImageFitter
-    from mistral_ft.lora import add_adapter
+    from mistral_ft.lora import add_adapter, find_start
     from mistral_ft.model import (
         check_model_folder,
         check_rounding,
@@ -96,7 +97,8 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
-    from mistral_ft.training import FinetuneTrainer, check_optimizer, check_trackers
+    from mistral_ft.training import FinetuneTrainer
+    from mistral_ft.training_arguments import check_optimizer, check_trackers
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
@@ -104,6 +106,7 @@ def main() -> None:
 
     check_optimizer(args)
     check_trackers(args)
+    start = find_start(lora_args, model_args.model_id)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
     settings |= {"evaluation": eval_args, "checkpoints": checkpoint_args}
     resumed = None
@@ -149,7 +152,7 @@ def main() -> None:
         status.update("preparing")
         set_seed(args.seed)
         model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.rounding)
-        model = add_adapter(model, lora_args, model_args.model_id)
+        model = add_adapter(model, lora_args, model_args.model_id, start)
         print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
         if speed_args.shard_base:
             held, whole = (amount / 2**30 for amount in held_bytes(model))
@@ -182,7 +185,8 @@ def main() -> None:
             raise UserError(f"--compile: the layers cannot be compiled here: {str(error).splitlines()[0]}") from None
 
         if trainer.stopped:
-            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}, which is saved")
+            step = trainer.state.global_step
+            raise KeyboardInterrupt(f"stopped after step {step}, which is saved" if step else "stopped before a step")
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
@@ -191,6 +195,7 @@ def main() -> None:
         status.update("saving")
         from_first(lambda: run.save_adapter(model))
         trainer.save_state()
+        trainer.clear_up()
     print_peak_memory(device)
     print(f"Adapter saved in {run.folder}")
     finish()

@@ -35,7 +35,7 @@ BANDWIDTH = 4.3e12  # bytes per second that an H200 reads
 def make_adapter(folder: Path, output: Path, device: torch.device):
     """The base with a random adapter that changes its answers, and the adapter's folder."""
     from mistral_ft.arguments import DataArguments, ModelArguments, SpeedArguments
-    from mistral_ft.training import FinetuneArguments
+    from mistral_ft.training_arguments import FinetuneArguments
 
     torch.manual_seed(0)
     model = add_adapter(load_base(folder, device), LoraArguments(), str(folder)).eval()

@@ -33,7 +33,8 @@ from mistral_ft.pages import open_image
 from mistral_ft.preflight import take_over_layers
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneArguments, FinetuneTrainer
+from mistral_ft.training import FinetuneTrainer
+from mistral_ft.training_arguments import FinetuneArguments
 
 
 def matmul_peak(size: int = 8192) -> float:

@@ -234,7 +234,7 @@ class EvaluationArguments:
         """Everything wrong with these arguments, one line each.
 
         Args:
-            args: a `training.FinetuneArguments`.
+            args: a `training_arguments.FinetuneArguments`.
         """
         found = []
         if self.eval_dataset is not None and self.eval_fraction is not None:
@@ -263,6 +263,9 @@ class EvaluationArguments:
 class LoraArguments:
     """How to adapt it."""
 
+    init_adapter: str | None = _field(
+        None, "Go on from this run's adapter instead of a new one, such as output/<name>, on new or corrected data."
+    )
     lora_rank: int = _field(16, "Rank of the adapter matrices.")
     lora_alpha: int = _field(32, "The adapter's output is scaled by lora_alpha / lora_rank.")
     use_rslora: bool = _field(False, "Scale it by lora_alpha / sqrt(lora_rank) instead: for high ranks.")

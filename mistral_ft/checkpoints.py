@@ -69,16 +69,15 @@ def check_room(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(run: Path, step: int, size: int, keep: int | None, best: int | None = None) -> Iterator[Path]:
+def writing(run: Path, step: int, size: int, due: bool) -> Iterator[Path]:
     """Write the checkpoint of a step: yields a hidden folder in which every process puts files into checkpoint-<step>/.
 
-    Then the first process adds the manifest, flushes all to the disk, gives the checkpoint its name, and removes the
-    oldest ones. Until then the earlier checkpoints are untouched.
+    Then the first process adds the manifest, flushes all to the disk, and gives the checkpoint its name. The earlier
+    checkpoints are untouched: see `remove_old`.
 
     Args:
         size: bytes to expect.
-        keep: how many checkpoints may stay; None keeps all.
-        best: a step whose checkpoint stays beside these.
+        due: whether the run's arguments ask for it; else it is there for the best step, or because the run was stopped.
 
     Raises:
         UserError: if the disk takes no more.
@@ -96,7 +95,7 @@ def writing(run: Path, step: int, size: int, keep: int | None, best: int | None 
         from_first(prepare)
         yield staging
         gather(None)  # all have written
-        from_first(lambda: _complete(inner, final, step))
+        from_first(lambda: _complete(inner, final, step, due))  # nobody goes on, or ends, before it is safe
     except BaseException as error:
         if rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -106,20 +105,50 @@ def writing(run: Path, step: int, size: int, keep: int | None, best: int | None 
         raise
     if rank() == 0:
         shutil.rmtree(staging)
-        for old in newest_first(run)[keep:] if keep else ():
-            if step_of(old) != best:
-                _remove(old)
-    gather(None)  # nobody goes on, or ends, before the checkpoint is safe
 
 
-def _complete(inner: Path, final: Path, step: int) -> None:
+def remove_old(run: Path, step: int, keep: int | None, best: int | None, origin: int | None) -> None:
+    """Remove what the checkpoint of a step, now that it is safe, has made superfluous.
+
+    Those that the run's arguments asked for stay, all or `keep` of them; of the others the step's own, the best step's
+    and the one that the run was continued from.
+
+    Args:
+        keep: how many may stay, the best not counted if it is not among the newest; None: all of these.
+        best: the step whose adapter is the best; None: that is not wanted.
+        origin: the step that the run was continued from.
+    """
+    # Later ones are from before the run was continued at an earlier one: it replaces them when it gets there.
+    made = [checkpoint for checkpoint in newest_first(run) if step_of(checkpoint) <= step]
+    staying = [checkpoint for checkpoint in made if step_of(checkpoint) in (step, best, origin) or _is_due(checkpoint)]
+    for old in made:
+        if old not in staying[: keep or None] and step_of(old) != best:
+            _remove(old)
+
+
+def remove_all_unless_due(run: Path) -> None:
+    """Remove the checkpoints of a run that is over, if its arguments asked for none of them."""
+    if not any(map(_is_due, newest_first(run))):
+        for checkpoint in newest_first(run):
+            _remove(checkpoint)
+
+
+def _is_due(checkpoint: Path) -> bool:
+    """Whether a run's arguments asked for a checkpoint; who cannot tell leaves it."""
+    try:
+        return read_json(checkpoint / MANIFEST).get("due", True)
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def _complete(inner: Path, final: Path, step: int, due: bool) -> None:
     for name in NEEDLESS:
         (inner / name).unlink(missing_ok=True)
     files = {}
     for path in sorted(inner.iterdir()):
         settle(path)
         files[path.name] = (path.stat().st_size, sha256_file(path))
-    write_json(inner / MANIFEST, {"step": step, "files": files})
+    write_json(inner / MANIFEST, {"step": step, "due": due, "files": files})
     fsync_path(inner)
     if final.exists():  # a broken one, which a run that was continued from an earlier one has passed over
         _remove(final)

@@ -1,6 +1,6 @@
 """Greedy decoding of many records at once: prompts laid end to end, then one token of every record per step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -103,12 +103,13 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def decode(
-        self, prompts: Sequence[dict[str, Any]], max_new_tokens: int
+        self, prompts: Sequence[dict[str, Any]], max_new_tokens: int, stopped: Callable[[], bool] = lambda: False
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each prompt, the end token included, and their log-probabilities.
 
         Args:
             prompts: groups of prompts as `TrainingCollator` lays them out; together they are one batch.
+            stopped: asked before each token; if it says yes, the answers stay as far as they are.
         """
         bounds = [prompt["cu_seq_lens"].tolist() for prompt in prompts]
         lengths = [end - start for bound in bounds for start, end in pairwise(bound)]
@@ -116,7 +117,7 @@ class GreedyDecoder:
         self._read_prompts(prompts, lengths)
         tokens, log_probs = [self.tokens.clone()], [self.log_probs.clone()]
         ended = self.tokens == self.eos
-        while len(tokens) < max_new_tokens and not ended.all():
+        while len(tokens) < max_new_tokens and not ended.all() and not stopped():
             self.graph.replay() if self.graph else self._step()
             tokens.append(self.tokens.clone())
             log_probs.append(self.log_probs.clone())

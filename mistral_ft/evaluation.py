@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from mistral_ft.arguments import BETTER_HIGH
 from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, RecordSize, TrainingCollator
 from mistral_ft.decoding import GreedyDecoder
-from mistral_ft.distributed import gather, rank, world_size
+from mistral_ft.distributed import gather, rank, vote, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.generation import ROWS_ON_CPU, GroupCollator, plan_batches, tokens_that_fit
 from mistral_ft.metrics import edit_counts, is_exact
@@ -54,6 +53,10 @@ def divide(
     return [([r for r, _, h in rows if h == side], [s for _, s, h in rows if h == side]) for side in (False, True)]
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was ended by a signal, and has found nothing."""
+
+
 class Evaluator:
     """Measures a model in training on records that it does not learn from.
 
@@ -81,6 +84,9 @@ class Evaluator:
         Returns:
             eval_loss: cross entropy in nats, a mean over all labels. If records are answered, eval_exact_match: the
             share of right answers; eval_cer: edits per expected character (see `metrics.edit_counts`).
+
+        Raises:
+            EvaluationStopped: in all processes, soon after one of them got a signal.
         """
         model, device = trainer.model, trainer.args.device
         packs = self._packs(trainer)
@@ -89,7 +95,7 @@ class Evaluator:
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
                 found = {"eval_loss": self._loss(trainer, packs, progress)}
-                return found | (self._answers(model, device, progress) if self.answered else {})
+                return found | (self._answers(trainer, progress) if self.answered else {})
         finally:
             model.train()
             progress.close()
@@ -120,12 +126,13 @@ class Evaluator:
             inputs = trainer._prepare_inputs(batch)
             summed += trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1).item()
             progress.update(min(args.per_device_train_batch_size * world_size(), len(packs) - progress.done))
+            _check_stop(trainer)
         everyones = gather((summed, labels))
         return sum(loss for loss, _ in everyones) / sum(count for _, count in everyones)
 
-    def _answers(self, model: Any, device: torch.device, progress: Progress) -> dict[str, float]:
+    def _answers(self, trainer: Any, progress: Progress) -> dict[str, float]:
         """Answers of the model as it is, the adapter unmerged; each process writes its share."""
-        core, encoder = model.get_base_model(), self.dataset.encoder
+        core, encoder, device = trainer.model.get_base_model(), self.dataset.encoder, trainer.args.device
         # Longer than the longest answer that is expected, an answer is wrong anyway.
         longest = max(self.sizes[number].labels for number in self.answered)
         lengths = [self.sizes[number].tokens + longest for number in self.answered]
@@ -139,9 +146,12 @@ class Evaluator:
         collate = GroupCollator(encoder.control.pad)
         hits = edits = characters = 0
         try:
-            for batch in batches[rank() :: world_size()]:
+            for start in range(0, len(batches), world_size()):
+                batch = batches[start + rank()] if start + rank() < len(batches) else []
                 numbers = [self.answered[index] for index in batch]
-                ids, _ = decoder.decode(collate([self.prompts[number] for number in numbers]), longest)
+                prompts = collate([self.prompts[number] for number in numbers])
+                ids = decoder.decode(prompts, longest, lambda: trainer.stop.requested)[0] if batch else []
+                _check_stop(trainer)
                 for number, answer in zip(numbers, map(encoder.decode, ids), strict=True):
                     expected = self.dataset.records[number].expected
                     found = edit_counts(answer, expected)
@@ -154,11 +164,41 @@ class Evaluator:
         return {"eval_exact_match": hits / len(self.answered), "eval_cer": edits / max(1, characters)}
 
 
+def _check_stop(trainer: Any) -> None:
+    if any(vote([trainer.stop.requested], trainer.args.device)):
+        raise EvaluationStopped
+
+
+def ends_epoch(state: Any) -> bool:
+    """Whether a trainer's state is that after the last step of an epoch, or of the run."""
+    return state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+
+
+def evaluation_is_due(args: Any, state: Any) -> bool:
+    """Whether a `FinetuneArguments` asks for an evaluation at the step where a trainer's state is."""
+    step = state.global_step
+    if step == 0:
+        return args.evaluate_first
+    if step >= state.max_steps:
+        return args.eval_strategy != "no"
+    if args.eval_strategy == "steps":
+        return step % state.eval_steps == 0 and step >= args.eval_delay
+    return args.eval_strategy == "epoch" and ends_epoch(state) and state.epoch >= args.eval_delay
+
+
 def best_evaluation(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
     """The best entry of a trainer's log by a metric, the first of equals; None if it has none after the first step."""
     found = [entry for entry in history if f"eval_{metric}" in entry and entry["step"] > 0]
     choose = max if metric in BETTER_HIGH else min
     return choose(found, key=lambda entry: entry[f"eval_{metric}"], default=None)
+
+
+def is_worn_out(history: Sequence[dict[str, Any]], metric: str, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations of a trainer's log were no better than one before; None: never."""
+    best = best_evaluation(history, metric)
+    if patience is None or best is None:
+        return False
+    return sum("eval_loss" in entry and entry["step"] > best["step"] for entry in history) >= patience
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -186,27 +226,3 @@ def verdict(history: Sequence[dict[str, Any]], metric: str, kept: int) -> str:
     went = "grew no better" if now == value else "fell" if metric in BETTER_HIGH else "rose"
     told = f"{name} {went} after {when}, from {value:.4f} to {now:.4f}: the adapter is that of step {kept}"
     return told if kept == best["step"] else f"{told}; --load_best_model_at_end True keeps the best"
-
-
-class EvaluationCallback(TrainerCallback):
-    """Evaluates at the end too, says what came out, saves the best step, and ends what has long grown no better.
-
-    Args:
-        patience: evaluations in a row without a better one that end the run; None: it goes on.
-    """
-
-    def __init__(self, patience: int | None):
-        self.patience = patience
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate |= args.eval_strategy == "steps" and state.global_step >= state.max_steps
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if rank() == 0:
-            Progress.print(f"step {state.global_step}: {describe(metrics)}")
-        best = best_evaluation(state.log_history, args.metric_for_best_model)
-        if not args.keep_best or best is None:
-            return
-        control.should_save |= best["step"] == state.global_step
-        since = sum("eval_loss" in entry and entry["step"] > best["step"] for entry in state.log_history)
-        control.should_training_stop |= self.patience is not None and since >= self.patience

@@ -36,6 +36,7 @@ from mistral_ft.review_diff import diff
 from mistral_ft.review_export import export
 from mistral_ft.review_index import COMPUTED, EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED
 from mistral_ft.review_pages import MOST_PAGES, find_page, render_page
+from mistral_ft.review_runs import read_plot, recent_runs
 from mistral_ft.review_scores import score_rows
 from mistral_ft.review_tokens import TokenView
 from mistral_ft.reviews import Outdated, Review
@@ -56,10 +57,11 @@ class ReviewApp:
     Args:
         images_dir: the folder of the images.
         tokens: for the token view.
+        runs_dir: the folder of the training runs that are shown; None: none are.
     """
 
-    def __init__(self, desk: Desk, images_dir: Path, tokens: TokenView):
-        self.desk, self.images_dir, self.tokens = desk, images_dir, tokens
+    def __init__(self, desk: Desk, images_dir: Path, tokens: TokenView, runs_dir: Path | None = None):
+        self.desk, self.images_dir, self.tokens, self.runs_dir = desk, images_dir, tokens, runs_dir
         self.views: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # (generation, row numbers)
         self.last_view = 0
         self.decoding = anyio.CapacityLimiter(2)  # pages at once: a large one takes half a GB
@@ -77,7 +79,7 @@ class ReviewApp:
 
         get = {name: getattr(self, name) for name in (
             "status", "view", "rows", "row", "place", "step", "find", "fields", "bad_lines", "images", "image",
-            "scores", "token_view",
+            "scores", "token_view", "runs", "plot",
         )}  # fmt: skip
         return Starlette(
             routes=[
@@ -112,6 +114,7 @@ class ReviewApp:
             "reviewed": int(np.count_nonzero(states & REVIEWED)), "edited": int(np.count_nonzero(states & EDITED)),
             "flagged": int(np.count_nonzero(states & FLAGGED)),
             "other": self.desk.other.path.name if self.desk.other else None, "model": self.tokens.model,
+            "runs": self.runs_dir is not None,
         })  # fmt: skip
 
     async def view(self, request: Request) -> Response:
@@ -262,6 +265,21 @@ class ReviewApp:
         job = (desk.index.path, places, corrected, other_path, other_places, by, self.images_dir)
         results = [result async for result in run_jobs(score_rows, [job], elsewhere=len(rows) > SCORED_HERE)]
         return JSONResponse(results[0] | {"corrected": len(corrected)})
+
+    # Training runs.
+
+    async def runs(self, request: Request) -> Response:
+        """What the runs do that are at work, or ended lately."""
+        runs = await asyncio.to_thread(recent_runs, self.runs_dir) if self.runs_dir else []
+        return JSONResponse({"runs": runs})
+
+    async def plot(self, request: Request) -> Response:
+        """The loss curve of one of them."""
+        if self.runs_dir is None:
+            raise HTTPException(404, "no runs are shown here")
+        data = await asyncio.to_thread(read_plot, self.runs_dir, request.query_params.get("run", ""))
+        # In an <img> it runs nothing; opened by itself, it would be a page of this server.
+        return Response(data, media_type="image/svg+xml", headers={"Content-Disposition": "attachment"})
 
     # Helpers.
 

@@ -186,10 +186,9 @@ FREE_TO_CHANGE = (
 
 def _describe(settings: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
-    model_id = settings["model"].model_id
     training = _json(settings["training"].given)
     return {
-        "base_model": str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id,
+        "base_model": full_name(settings["model"].model_id),
         "rounding": settings["model"].rounding,
         "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
         "images_dir": settings["data"].images_dir,
@@ -203,6 +202,11 @@ def _describe(settings: dict[str, Any]) -> dict[str, Any]:
         "training": {name: value for name, value in training.items() if not name.startswith(FREE_TO_CHANGE)},
         "processes": world_size(),
     }
+
+
+def full_name(model_id: str) -> str:
+    """A folder's whole path, or a hub id."""
+    return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
 
 
 def _changes(run: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 from mistral_ft.distributed import rank
 from mistral_ft.files import atomic_write
 from mistral_ft.plots import loss_plot
-from mistral_ft.status import Status
+from mistral_ft.status import PLOT_FILE, Status
 
-METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.svg"
+METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog(TrainerCallback):

@@ -23,8 +23,9 @@ from mistral_ft.distributed import rank
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
 
-STATUS_FILE = "status.json"
+STATUS_FILE, PLOT_FILE = "status.json", "loss.svg"
 RUNNING = ("preparing", "training", "evaluating", "saving")
+ENDED = ("done", "failed", "stopped", "dead")
 SECONDS = 2.0  # between two writes in one state
 
 
@@ -68,22 +69,26 @@ def read_status(folder: str | os.PathLike) -> dict[str, Any]:
     """A run's status, its state `dead` if the process that wrote it is no more.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is broken.
     """
     path = Path(folder) / STATUS_FILE
     if not path.is_file():
         raise UserError(f"{path}: missing; is {folder} the folder of a run?")
     status = read_settings(path)
+    if status.get("state") not in (*RUNNING, *ENDED) or not isinstance(status.get("updated"), str):
+        raise UserError(f"{path}: broken: does not say what the run does")
     here = status.get("host") == platform.node()
-    if status.get("state") in RUNNING and here and not _alive(status.get("pid", 0)):
+    if status["state"] in RUNNING and here and not _alive(status.get("pid")):
         status["state"] = "dead"
     return status
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid < 1:
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         return True

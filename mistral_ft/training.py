@@ -6,7 +6,6 @@ import pickle
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -17,18 +16,23 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 from mistral_ft import checkpoints
-from mistral_ft.arguments import BETTER_HIGH, METRICS, changed_fields
+from mistral_ft.callbacks import EpochCallback, EvaluationCallback, GradientCheck, ProgressCallback, SaveCallback
 from mistral_ft.data import PackBatches, PackedDataset, RecordDataset, TrainingCollator
-from mistral_ft.distributed import gather, join, rank, sum_gradients, total, vote, world_size
+from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
-from mistral_ft.evaluation import EvaluationCallback, Evaluator, best_evaluation, verdict
+from mistral_ft.evaluation import (
+    EvaluationStopped,
+    Evaluator,
+    best_evaluation,
+    evaluation_is_due,
+    is_worn_out,
+    verdict,
+)
 from mistral_ft.layers import EmbeddingNoise, Seeds
-from mistral_ft.progress import Progress
 from mistral_ft.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.run_log import RunLog
 from mistral_ft.status import Status
@@ -36,140 +40,6 @@ from mistral_ft.stopping import Stop, Timer, leave_signals_to_the_parent
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
 LABELS_AT_ONCE = 2048
-
-# TrainingArguments that cannot act here, each with the reason. Whoever sets one is told instead of ignored.
-REFUSED = {
-    "evaluation lays out records as training does, and keeps sums only (see --eval_dataset)": (
-        "do_eval do_predict eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
-        "per_device_eval_batch_size prediction_loss_only batch_eval_metrics include_for_metrics bf16_full_eval "
-        "fp16_full_eval"
-    ),
-    "which way is better is known of each --metric_for_best_model": "greater_is_better",
-    "the loss is computed at label positions, by this toolkit": "label_smoothing_factor label_names use_liger_kernel",
-    "the loss is divided by the labels of all processes, their gradients are summed, nothing is wrapped": (
-        "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
-        "ddp_static_graph accelerator_config parallelism_config deepspeed"
-    ),
-    "the base is sharded with --shard_base True": "fsdp fsdp_config",
-    "each process prepares its own batches": "dataloader_multiprocessing_context dataloader_in_order ignore_data_skip",
-    "a run has one folder, on a disk that all machines share": "save_on_each_node",
-    "the base is trained in bfloat16": "fp16",
-    "records have no columns": "remove_unused_columns length_column_name train_sampling_strategy group_by_length",
-    "the model is not compiled as a whole": "torch_compile torch_compile_backend torch_compile_mode",
-    "training never uses a cache": "use_cache",
-    "a run is uploaded after it was checked: hf upload <repo> <run folder>": (
-        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
-    ),
-    "a checkpoint that cannot be resumed from is of no use": "save_only_model",
-    "progress is a bar on a terminal and plain lines elsewhere": "disable_tqdm",
-}
-
-
-@dataclass
-class FinetuneArguments(TrainingArguments):
-    """TrainingArguments with this toolkit's defaults.
-
-    Attributes:
-        given: the arguments that the user set, as they were set.
-        recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
-        keep_best: whether the adapter of the best evaluation is the one that is kept.
-        noise: of NEFTune, see `EmbeddingNoise`; None: without.
-    """
-
-    output_dir: str | None = "output"
-    per_device_train_batch_size: int = 1
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False  # a loss that is not a number is never hidden
-    remove_unused_columns: bool = False
-    bf16: bool | None = None  # it says what is so anyway: bfloat16 on a GPU, float32 on a CPU
-    gradient_checkpointing: bool | None = None  # default: as many layers as the GPU's memory asks for
-    dataloader_num_workers: int | None = None  # default: 4 with a GPU, which is faster than pages are read
-
-    def __post_init__(self):
-        """Raises ValueError, one line for all arguments that cannot act here."""
-        self.given = changed_fields(self)  # before anything is derived from the machine or the libraries' state
-        problems = [
-            f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
-        ]
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.report_to in ("all", ["all"]):
-            problems.append("--report_to all: name the trackers, such as --report_to tensorboard")
-        if self.bf16 is not None and self.bf16 != on_gpu:
-            problems.append(f"--bf16 {self.bf16}: the base is trained in bfloat16 on a GPU and in float32 on a CPU")
-        kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
-        if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
-            problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
-        self.metric_for_best_model = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if self.metric_for_best_model not in METRICS:
-            problems.append(
-                f"--metric_for_best_model {self.metric_for_best_model}: must be one of {', '.join(METRICS)}"
-            )
-        self.greater_is_better = self.metric_for_best_model in BETTER_HIGH
-        if self.eval_steps is not None and "eval_strategy" not in self.given:
-            self.eval_strategy = "steps"
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            problems.append("--eval_strategy steps needs --eval_steps")
-        in_range = {
-            "max_steps": self.max_steps == -1 or self.max_steps >= 1,
-            "num_train_epochs": self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
-            "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
-            "neftune_noise_alpha": self.neftune_noise_alpha is None or 0 < self.neftune_noise_alpha < math.inf,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "dataloader_num_workers": self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
-            "seed": 0 <= self.seed < 2**32,
-        }
-        problems += [f"--{name} {getattr(self, name)}: out of range" for name, good in in_range.items() if not good]
-        if problems:
-            raise ValueError("; ".join(problems))
-
-        # transformers 5.18 gave gradient_checkpointing a new name. The layers are run by this toolkit, not by it.
-        self.recompute = self.gradient_checkpointing
-        self.gradient_checkpointing = None
-        if hasattr(self, "activation_checkpointing"):
-            self.recompute = self.recompute if self.activation_checkpointing is None else self.activation_checkpointing
-            self.activation_checkpointing = None
-        # Trainer's own way would need evaluations and checkpoints at the same steps, and saves before it compares.
-        self.keep_best, self.load_best_model_at_end = self.load_best_model_at_end, False
-        # Trainer's own takes a sequence for a record.
-        self.noise, self.neftune_noise_alpha = self.neftune_noise_alpha, None
-        self.bf16 = False  # no autocast: every layer knows its dtype
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = 4 if on_gpu else 0
-        self.dataloader_pin_memory &= on_gpu
-        self.use_cpu = not on_gpu  # else accelerate does not see that there are several processes
-        join(self.ddp_timeout, on_gpu, self.ddp_backend)
-        trackers = [] if self.report_to in (None, "none", []) else self.report_to
-        trackers = trackers.split(",") if isinstance(trackers, str) else trackers
-        super().__post_init__()
-        self.report_to = trackers  # not one more because of what the machine's environment says
-        # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
-        self._n_gpu = min(1, self.n_gpu)
-
-
-def check_optimizer(args: FinetuneArguments) -> None:
-    """Build the optimizer and the schedule for a single number, so that wrong flags end before the model is loaded.
-
-    Raises:
-        UserError: what they say.
-    """
-    try:
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
-        warmup = args.get_warmup_steps(10)
-        get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except Exception as error:
-        raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
-
-
-def check_trackers(args: FinetuneArguments) -> None:
-    """Raises UserError if a tracker of --report_to is unknown, or its package is not installed."""
-    for name in args.report_to:
-        try:
-            for tracker in get_reporting_integration_callbacks([name]):
-                tracker()
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"--report_to {name}: {error}") from None
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
@@ -203,6 +73,7 @@ class FinetuneTrainer(Trainer):
     Attributes:
         stop: entered while training; asks to save and end at the next step.
         stopped: whether training ended for that.
+        save_due: whether the arguments ask for a checkpoint of this step, which the best step or a stop may need too.
     """
 
     def __init__(
@@ -217,7 +88,7 @@ class FinetuneTrainer(Trainer):
         **kwargs,
     ):
         self.learning_rates, self.b_rate_ratio = learning_rates or {}, b_rate_ratio
-        self.evaluator = evaluator
+        self.evaluator, self.patience = evaluator, patience
         super().__init__(*args, eval_dataset=evaluator and evaluator.dataset, **kwargs)
         self.status = status or Status(Path(self.args.output_dir))
         # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
@@ -237,12 +108,13 @@ class FinetuneTrainer(Trainer):
         # Dropout differs from process to process, and is that of a single one in the first.
         torch.manual_seed(self.args.seed + rank())
         self.stop, self.stopped, self.timer = Stop(), False, Timer(save_minutes)
-        self.save_agreed = self.stop_agreed = False
+        self.save_agreed = self.stop_agreed = self.save_due = False
         self.saw_images = False
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self._staging: Path | None = None
         self._tokens = 0
         self._logged_at: float | None = None
+        self._began_at: int | None = None  # the step that a run which is continued had reached, else 0
 
     def use_packs(self, dataset: RecordDataset, packs: Sequence[Sequence[int]], pad_id: int, length: int | None = None):
         """Train on packs of the dataset's records (see `packing`), filled up to `length` tokens where it is given."""
@@ -290,8 +162,29 @@ class FinetuneTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs):
         """Trainer's, unless the run was over when it was resumed: Trainer would make one step more."""
-        if self.state.global_step < self.state.max_steps:
+        self._begin()
+        worn_out = is_worn_out(self.state.log_history, self.args.metric_for_best_model, self.patience)
+        if self.state.global_step < self.state.max_steps and not (self.stopped or worn_out):
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's; a run that was over at the end of an epoch had none to run."""
+        self._begin()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _begin(self) -> None:
+        """Once: evaluate, if that is due at the step where the run begins and was not done before it was stopped."""
+        if self._began_at is not None:
+            return
+        step = self._began_at = self.state.global_step
+        done = any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
+        if evaluation_is_due(self.args, self.state) and not done:
+            self._evaluate(None, None, skip_scheduler=step == 0)
+
+    def stop_here(self) -> None:
+        """Save this step and end; an evaluation that is due is made when the run goes on."""
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = self.stopped = True
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
@@ -432,9 +325,15 @@ class FinetuneTrainer(Trainer):
             self._logged_at += time.perf_counter() - started  # it is no time of training
         return metrics
 
+    def _evaluate(self, *args, **kwargs):
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.stop_here()
+
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Whether this evaluation is the best; Trainer's own would have it remove checkpoints by itself."""
-        return self.best_step == self.state.global_step
+        """Whether to save with --save_strategy best; Trainer's own would have it remove checkpoints by itself."""
+        return self.control.should_save or self.best_step == self.state.global_step
 
     @property
     def best_step(self) -> int | None:
@@ -456,84 +355,24 @@ class FinetuneTrainer(Trainer):
                 kept = best
         print(verdict(self.state.log_history, self.args.metric_for_best_model, kept))
 
+    def clear_up(self) -> None:
+        """When the adapter is saved: remove checkpoints that were only there to get so far."""
+        if self.args.save_strategy == "no":
+            from_first(lambda: checkpoints.remove_all_unless_due(Path(self.args.output_dir)))
+
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk: the adapter and the optimizer's two moments in fp32, and some room."""
         return 13 * sum(parameter.numel() for parameter in self.trained) + 2**20
 
     def _save_checkpoint(self, model, trial):
-        run, step, keep = Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit
-        best = self.best_step if self.args.keep_best else None
+        run, step = Path(self.args.output_dir), self.state.global_step
         self.status.update("saving")
-        with checkpoints.writing(run, step, self.checkpoint_bytes(), keep, best) as self._staging:
+        with checkpoints.writing(run, step, self.checkpoint_bytes(), self.save_due) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None
+        limit, best = self.args.save_total_limit, self.best_step if self.args.keep_best else None
+        from_first(lambda: checkpoints.remove_old(run, step, limit, best, self._began_at))
         self.timer.restart()
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-
-class EpochCallback(TrainerCallback):
-    """Gives each epoch its order."""
-
-    def __init__(self, trainer: FinetuneTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.batches.epoch = int(state.epoch or 0)
-
-
-class SaveCallback(TrainerCallback):
-    """Saves and ends where the processes agreed to."""
-
-    def __init__(self, trainer: FinetuneTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= self.trainer.save_agreed or self.trainer.stop_agreed
-        if self.trainer.stop_agreed and state.global_step < state.max_steps:
-            control.should_training_stop = self.trainer.stopped = True
-
-
-class GradientCheck(TrainerCallback):
-    """Stops the run at its first step if something that should learn gets no gradient."""
-
-    def __init__(self, trainer: FinetuneTrainer):
-        self.trainer = trainer
-        self.done = False
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.done:
-            return
-        # A batch of text alone gives the vision tower and the projector none, and that is right.
-        missing = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-            and parameter.grad is None
-            and (self.trainer.saw_images or not any(part in name for part in ("vision_tower", "multi_modal_projector")))
-        ]
-        assert not missing, f"{len(missing)} trainable tensors have no gradient, such as {missing[0]}"
-        self.done = self.trainer.saw_images
-
-
-class ProgressCallback(TrainerCallback):
-    """Shows loss, learning rate and tokens/s at every log."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.progress = Progress("training", state.max_steps, "step", done=state.global_step)
-        self.text = ""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            rate = logs["tokens_per_second"]
-            self.text = f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, {rate:,.0f} tokens/s"
-            self.progress.update(state.global_step - self.progress.done, self.text)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # A step that is logged is counted then, with its own loss.
-        if not control.should_log:
-            self.progress.update(state.global_step - self.progress.done, self.text)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.close()

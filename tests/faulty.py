@@ -1,7 +1,8 @@
 """Runs train with a fault in one process: python -m tests.faulty FAULT RANK STEP arguments of train…
 
 FAULT: `error` a user's mistake, `bug` an exception, `hang` no more answer, `kill` as `kill -9` does, `term` SIGTERM.
-It happens in the process of that RANK at its training step number STEP, from 1.
+It happens in the process of that RANK at its training step number STEP, from 1; `evaluation` is SIGTERM at its batch
+number STEP of evaluations.
 """
 
 import os
@@ -24,15 +25,16 @@ def happen(fault: str) -> None:
 
 def main() -> None:
     fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    training_step, calls = training.FinetuneTrainer.training_step, [0]
+    method = "compute_loss" if fault == "evaluation" else "training_step"
+    original, calls = getattr(training.FinetuneTrainer, method), [0]
 
-    def faulty_step(self, *args, **kwargs):
-        calls[0] += 1
+    def faulty(self, *args, **kwargs):
+        calls[0] += fault != "evaluation" or not self.model.training
         if calls[0] == step and int(os.environ.get("RANK", 0)) == rank:
             happen(fault)
-        return training_step(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    training.FinetuneTrainer.training_step = faulty_step
+    setattr(training.FinetuneTrainer, method, faulty)
     import train
 
     sys.argv = ["train.py", *sys.argv[4:]]

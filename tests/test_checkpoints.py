@@ -151,10 +151,11 @@ def settings_of(command):
         SpeedArguments,
         TrainParser,
     )
+    from mistral_ft.training_arguments import FinetuneArguments
 
     names = ("data", "model", "lora", "speed", "evaluation", "training")
     ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, EvaluationArguments)
-    parsed = TrainParser((*ours, training.FinetuneArguments)).parse(list(map(str, command)))
+    parsed = TrainParser((*ours, FinetuneArguments)).parse(list(map(str, command)))
     return dict(zip(names, parsed, strict=True))
 
 
@@ -172,9 +173,9 @@ def test_data_that_was_edited_meanwhile_is_refused(whole, command, pages, run_cl
 def test_older_checkpoints_go_when_the_new_one_is_safe(pages, train_tiny, monkeypatch):
     complete, seen = checkpoints._complete, []
 
-    def watch(inner, final, step):
+    def watch(inner, final, *more):
         before = sorted(path.name for path in final.parent.glob("checkpoint-*"))
-        complete(inner, final, step)
+        complete(inner, final, *more)
         seen.append((before, checkpoints.fault(final)))
 
     monkeypatch.setattr(checkpoints, "_complete", watch)
@@ -350,7 +351,9 @@ def test_a_checkpoint_of_a_stranger_runs_no_code(whole, command, run_cli, monkey
     inner = whole / "checkpoint-4"
     (inner / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
     (inner / "manifest.json").unlink()
-    checkpoints._complete(shutil.copytree(inner, tmp_path / "checkpoint-4"), inner, 4)  # with a manifest that agrees
+    checkpoints._complete(
+        shutil.copytree(inner, tmp_path / "checkpoint-4"), inner, 4, True
+    )  # with a manifest that agrees
     monkeypatch.chdir(tmp_path)
     code, _, err = run_cli("train", *command, "--resume_from_checkpoint", whole)
     assert code == 2

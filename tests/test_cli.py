@@ -93,15 +93,15 @@ def test_a_base_is_not_sharded_over_one_process(train):
 
 
 def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, monkeypatch):
-    from mistral_ft import training
+    from mistral_ft import callbacks
 
-    begin = training.ProgressCallback.on_train_begin
+    begin = callbacks.ProgressCallback.on_train_begin
 
     def break_page(self, *args, **kwargs):
         (pages / "3.png").unlink()
         begin(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.ProgressCallback, "on_train_begin", break_page)
+    monkeypatch.setattr(callbacks.ProgressCallback, "on_train_begin", break_page)
     line = fails(
         run_cli, "train", "--model_id", TINY, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path / "output",
         "--dataloader_num_workers", 1, "--per_device_train_batch_size", 8, "--max_steps", 3,
@@ -224,7 +224,7 @@ def test_documented_commands_parse(command, monkeypatch):
     done = subprocess.run([sys.executable, "-m", step, "--help"], cwd=ROOT, capture_output=True, text=True)
     known = set(re.findall(r"(?:^|[ ,|])(--?\w+)", done.stdout))
     if step == "train":
-        from mistral_ft.training import FinetuneArguments
+        from mistral_ft.training_arguments import FinetuneArguments
 
         known |= {f"--{name}" for name in FinetuneArguments.__dataclass_fields__}
     assert [a for a in arguments if a.startswith("-") and a not in known] == []

@@ -164,6 +164,25 @@ def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, li
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard_base", True)])
+def test_a_signal_to_one_process_ends_the_evaluation_of_all(pages, tmp_path, more):
+    data, output = pages / "train.jsonl", tmp_path / "output"
+    arguments = (*TRAIN, "--max_steps", 3, "--eval_steps", 2, "--eval_dataset", data, "--load_best_model_at_end", True)
+    arguments = (*arguments, *more, "--dataset", data, "--output_dir", output)
+    done = together("tests.faulty", "evaluation", 1, 2, *arguments)
+    assert done.returncode == 1  # torchrun's
+    assert errors(done) == ["error: stopped after step 2, which is saved"]
+    assert "eval loss" not in done.stdout
+    whole = together("train", *arguments[:-1], tmp_path / "whole")
+    again = together("train", *arguments, "--resume_from_checkpoint", "auto")
+    assert [line for line in again.stdout.splitlines() if "eval loss" in line] == [
+        line for line in whole.stdout.splitlines() if "eval loss" in line
+    ]
+    ours, theirs = (run_folder(done.stdout) / "adapter_model.safetensors" for done in (again, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_bad_record_is_named_once(pages, tmp_path):
     (pages / "1.png").write_bytes(b"no page")
     done = together("train", *TRAIN, "--dataset", pages / "train.jsonl", "--output_dir", tmp_path)

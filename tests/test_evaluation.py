@@ -1,18 +1,25 @@
 """Evaluation during training: right numbers, no trace in what is learned, and the best step is the one that is kept."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
+from mistral_ft import checkpoints
 from mistral_ft.arguments import EvaluationArguments
 from mistral_ft.data import measure_records
+from mistral_ft.decoding import GreedyDecoder
 from mistral_ft.errors import UserError
 from mistral_ft.evaluation import Evaluator, best_evaluation, hold_out, verdict
+from mistral_ft.files import write_json
 from mistral_ft.images import ImageFitter
 from mistral_ft.metrics import edit_counts
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
+from mistral_ft.run_log import METRICS_FILE
+from mistral_ft.training import FinetuneTrainer
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
 from tests.test_distributed import TRAIN, run_folder, together
 
@@ -101,6 +108,219 @@ def test_a_run_that_is_continued_knows_its_best_step(pages, train_tiny, losses, 
     assert resumed == stopped
     assert evaluations(resumed) == evaluations(whole)
     assert weights(resumed) == weights(whole)
+
+
+def signal_at(monkeypatch, place, call: int) -> list[int]:
+    """Have a method's call of this number in evaluations find a signal; the list grows by one a call."""
+    method, calls = {FinetuneTrainer: "compute_loss", GreedyDecoder: "_step"}[place], []
+    original = getattr(place, method)
+
+    def signalled(self, *args, **kwargs):
+        if not self.model.training:
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(place, method, signalled)
+    return calls
+
+
+def log_of(run) -> list[dict]:
+    """metrics.jsonl without what depends on the machine."""
+    timed = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    rows = [{name: value for name, value in row.items() if name not in timed} for row in read_rows(run / METRICS_FILE)]
+    return [row for row in rows if "total_flos" not in row]
+
+
+# Eight records in four batches: an evaluation has four of them, then decodes answers.
+@pytest.mark.parametrize(
+    ("settings", "place", "call", "step"),
+    [
+        # In the second batch of the first evaluation: nothing else asks for a checkpoint.
+        ("--max_steps 6 --eval_steps 2 --save_strategy no", FinetuneTrainer, 2, 2),
+        # In the third token of its answers.
+        ("--max_steps 6 --eval_steps 2 --save_steps 2", GreedyDecoder, 3, 2),
+        # After the first epoch, whose end is not the run's.
+        ("--num_train_epochs 2 --eval_strategy epoch --save_strategy best", FinetuneTrainer, 1, 4),
+        # In the last evaluation: there is no step to make any more.
+        ("--num_train_epochs 1 --eval_strategy epoch --save_strategy epoch", FinetuneTrainer, 4, 4),
+    ],
+)
+def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
+    pages, train_tiny, run_cli, monkeypatch, tmp_path, settings, place, call, step
+):
+    data = pages / "train.jsonl"
+    common = ("--per_device_train_batch_size", 2, "--lora_dropout", 0.1, "--eval_dataset", data, *settings.split())
+    common += ("--lr_scheduler_type", "reduce_lr_on_plateau", "--early_stopping_patience", 5)
+    whole = train_tiny(data, *common)
+    command = ["--model_id", TINY, "--learning_rate", "2e-3", "--dataset", data, "--output_dir", tmp_path / "stopped"]
+    command += [*common, "--resume_from_checkpoint", "auto"]
+    with monkeypatch.context() as patch:
+        calls = signal_at(patch, place, call)
+        code, out, err = run_cli("train", *command)
+    assert code == 130
+    assert err.endswith(f"error: stopped after step {step}, which is saved\n")
+    assert len(calls) == call  # nothing more was evaluated
+    assert f"step {step}: eval loss" not in out
+    (run,) = (tmp_path / "stopped").iterdir()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    state = json.loads((run / f"checkpoint-{step}/trainer_state.json").read_text())
+    assert not any("eval_loss" in entry for entry in state["log_history"])
+    code, out, err = run_cli("train", *command)
+    assert code == 0, err
+    assert out.count(f"step {step}: eval loss") == 1
+    assert weights(run) == weights(whole)
+    assert log_of(run) == log_of(whole)
+    assert {path.name for path in whole.glob("checkpoint-*")} <= {path.name for path in run.glob("checkpoint-*")}
+
+
+def test_a_signal_in_the_middle_of_an_epoch_evaluates_nothing(pages, train_tiny, run_cli, monkeypatch, tmp_path):
+    step, calls = FinetuneTrainer.training_step, []
+
+    def signalled_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", signalled_step)
+    data, output = pages / "train.jsonl", tmp_path / "output"
+    code, out, err = run_cli("train", *TRAIN, "--dataset", data, "--output_dir", output, "--eval_dataset", data)
+    assert code == 130
+    assert err.endswith("error: stopped after step 2, which is saved\n")
+    assert "eval loss" not in out
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(pages, run_cli, monkeypatch, tmp_path):
+    data, output = pages / "train.jsonl", tmp_path / "output"
+    signal_at(monkeypatch, FinetuneTrainer, 1)
+    command = (*TRAIN, "--dataset", data, "--output_dir", output, "--eval_dataset", data, "--eval_on_start", True)
+    code, _, err = run_cli("train", *command)
+    assert code == 130
+    assert err.endswith("error: stopped before a step\n")
+    assert not any(output.iterdir())
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_when_the_run_goes_on(pages, train_tiny, losses, tmp_path):
+    """A checkpoint that knows nothing of the evaluation at its step, as older versions wrote at an epoch's end."""
+    data = pages / "train.jsonl"
+    losses({8: 1.0, 16: 2.0, 24: 3.0})
+    settings = ("--num_train_epochs", 3, "--eval_dataset", data, "--early_stopping_patience", 1, "--save_steps", 8)
+    whole = train_tiny(data, *settings)
+    assert [entry["step"] for entry in evaluations(whole)] == [8, 16]
+    killed = shutil.copytree(whole, tmp_path / "output" / "killed")
+    last = killed / "checkpoint-16"
+    state = json.loads((last / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if entry.get("eval_loss") != 2.0]
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    (last / "manifest.json").unlink()
+    checkpoints._complete(last.rename(tmp_path / "checkpoint-16"), last, 16, True)
+    assert train_tiny(data, *settings, "--resume_from_checkpoint", killed) == killed
+    assert evaluations(killed) == evaluations(whole)  # and it is over, for want of patience
+    assert weights(killed) == weights(whole)
+
+
+def test_a_run_that_lost_patience_goes_no_further_when_it_is_continued(pages, train_tiny, losses, capsys):
+    data = pages / "train.jsonl"
+    losses({1: 1.0, 2: 2.0})
+    settings = ("--max_steps", 4, "--eval_dataset", data, "--eval_steps", 1, "--save_steps", 1)
+    run = train_tiny(data, *settings, "--early_stopping_patience", 1)
+    before = weights(run)
+    assert train_tiny(data, *settings, "--early_stopping_patience", 1, "--resume_from_checkpoint", run) == run
+    assert [entry["step"] for entry in evaluations(run)] == [1, 2]
+    assert weights(run) == before == weights(run / "checkpoint-1")
+
+
+def names(run) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[list[str]]:
+    """The checkpoints that are there after each one was written."""
+    remove, found = checkpoints.remove_old, []
+
+    def remove_and_look(run, *args):
+        remove(run, *args)
+        found.append(names(run))
+
+    monkeypatch.setattr(checkpoints, "remove_old", remove_and_look)
+    return found
+
+
+BETTER_AND_BETTER = {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0, 5: 6.0}
+
+
+def test_checkpoints_of_steps_that_were_once_the_best_go(pages, train_tiny, losses, seen):
+    data = pages / "train.jsonl"
+    losses(BETTER_AND_BETTER)
+    settings = ("--max_steps", 5, "--eval_dataset", data, "--eval_steps", 1, "--load_best_model_at_end", True)
+    run = train_tiny(data, *settings, "--save_strategy", "no")
+    assert seen == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"], ["checkpoint-4"]]
+    assert names(run) == []  # none was asked for
+    seen.clear()
+    run = train_tiny(data, *settings, "--save_steps", 3)
+    assert seen == [
+        ["checkpoint-1"],
+        ["checkpoint-2"],
+        ["checkpoint-3"],
+        ["checkpoint-3", "checkpoint-4"],
+        ["checkpoint-3", "checkpoint-4", "checkpoint-5"],
+    ]
+    seen.clear()
+    assert names(train_tiny(data, *settings, "--save_strategy", "best")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert names(train_tiny(data, *settings, "--save_strategy", "no", "--save_minutes", 1e-9)) == [
+        f"checkpoint-{step}" for step in (1, 2, 3, 4, 5)
+    ]
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_stays_until_it_is_over(pages, train_tiny, losses, seen, tmp_path):
+    data = pages / "train.jsonl"
+    losses(BETTER_AND_BETTER)
+    settings = ("--max_steps", 5, "--eval_dataset", data, "--eval_steps", 1, "--load_best_model_at_end", True)
+    settings += ("--save_strategy", "no")
+    with pytest.MonkeyPatch.context() as patch:  # as if it had been killed just then
+        patch.setattr(checkpoints, "remove_all_unless_due", lambda run: None)
+        run = train_tiny(data, *settings)
+    expected = weights(run)
+    # One that another process had left half removed, and older ones that a kill saved from being removed.
+    for step in (1, 2):
+        copy = shutil.copytree(run / "checkpoint-4", run / f"checkpoint-{step}")
+        state = json.loads((copy / "trainer_state.json").read_text())
+        assert state["global_step"] == 4
+    seen.clear()
+    run = train_tiny(data, *settings, "--resume_from_checkpoint", run / "checkpoint-4")
+    assert seen == []  # step 5 is no better
+    assert weights(run) == expected
+    assert names(run) == []
+
+
+def test_what_stays_of_checkpoints(tmp_path):
+    def make(*steps, due=()):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        for step in steps:
+            (tmp_path / f"checkpoint-{step}").mkdir(parents=True)
+            write_json(tmp_path / f"checkpoint-{step}/manifest.json", {"due": step in due, "files": {}})
+
+    def left(step, keep=None, best=None, origin=None):
+        checkpoints.remove_old(tmp_path, step, keep, best, origin)
+        return sorted(int(name.removeprefix("checkpoint-")) for name in names(tmp_path))
+
+    make(2, 3, 4, 5, 6, 7, due=(2, 4, 6))
+    assert left(7, best=5, origin=3) == [2, 3, 4, 5, 6, 7]
+    assert left(7, best=5) == [2, 4, 5, 6, 7]
+    assert left(7, best=5, keep=2) == [5, 6, 7]
+    make(2, 4, 6, due=(2, 4, 6))  # continued from 2, and 6 is of the time before
+    assert left(4, keep=1) == [4, 6]
+    make(2, 3, 4)
+    (tmp_path / "checkpoint-2/manifest.json").write_text("{")  # nobody can tell
+    assert left(4) == [2, 4]
+    checkpoints.remove_all_unless_due(tmp_path)
+    assert left(4) == [2, 4]
+    make(2, 4)
+    checkpoints.remove_all_unless_due(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_being_asked_the_last_step_is_kept(pages, run_cli, losses, tmp_path):

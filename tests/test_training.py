@@ -23,7 +23,8 @@ from mistral_ft.pages import open_image
 from mistral_ft.preflight import Trial, largest, plan_layers, plan_training
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneArguments, FinetuneTrainer, check_optimizer
+from mistral_ft.training import FinetuneTrainer
+from mistral_ft.training_arguments import FinetuneArguments, check_optimizer
 from tests.conftest import TINY, read_rows
 
 ALL = LoraArguments(lora_dropout=0, vision_lora=True, train_projector=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from mistral_ft.predictions import Predictions
 from mistral_ft.reviews import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
-from tests.test_server import OTHER, THOUGHT, Server, wait_for
+from tests.test_server import OTHER, THOUGHT, Server, wait_for, write_status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -550,3 +550,50 @@ def test_a_predict_that_ends_keeps_the_row_and_what_is_typed(start, open_page, f
             break
         assert page.input_value("#edited") == "typed"
     assert [line["id"] for line in read_rows(log_path(folder / "run.jsonl"))] == [0]
+
+
+def test_training_runs_are_told_while_they_last(start, folder, open_page):
+    runs = folder / "runs"
+    run = write_status(runs / "happy-otter", state="training", step=1200, steps=3000, loss=0.31234, seconds_left=3940)
+    (run / "loss.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"/>')
+    page = open_page(start("--runs_dir", runs))
+    line = "name => [...document.querySelectorAll('.run')].some((run) => run.innerText.replace(/\\s+/g, ' ') === name)"
+    until(page, line, "happy-otter training step 1,200 of 3,000 loss 0.3123 1:05:40 left Loss curve")
+    page.get_by_role("button", name="Loss curve").click()
+    until(page, "document.querySelector('#plot').naturalWidth === 80")
+    page.keyboard.press("Escape")
+    write_status(run, state="failed", step=1201, steps=3000, error="<b>no</b> memory")
+    until(page, line, "happy-otter failed: <b>no</b> memory step 1,201 of 3,000 Loss curve")
+    shutil.rmtree(run)
+    until(page, "document.querySelector('#runs').hidden")
+
+
+def test_without_runs_nobody_asks_for_them(start, folder, open_page):
+    server = start("--runs_dir", folder)
+    page = open_page(server)
+    shown(page, "0")
+    assert page.locator("#runs").is_hidden()
+    asked = []
+    page.route("**/api/runs*", lambda route: (asked.append(1), route.continue_()))
+    # As without the folder.
+    page.route("**/api/status*", lambda route: route.fulfill(json=route.fetch().json() | {"runs": False}))
+    page.reload()
+    shown(page, "0")
+    page.wait_for_timeout(500)
+    assert asked == []
+
+
+def test_a_hidden_tab_asks_for_no_runs(start, folder, open_page):
+    write_status(folder / "runs/happy-otter", state="training")
+    page = open_page(start("--runs_dir", folder / "runs"))
+    until(page, "!document.querySelector('#runs').hidden")
+    asked = []
+    page.on("request", lambda request: "/api/runs" in request.url and asked.append(1))
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', {get: () => window.away, configurable: true}), window.away = true"
+    )
+    page.wait_for_timeout(7000)
+    assert len(asked) <= 1  # one may have been on its way
+    asked.clear()
+    page.evaluate("window.away = false, document.dispatchEvent(new Event('visibilitychange'))")
+    wait_for(lambda: page.evaluate("1") and asked)

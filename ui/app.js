@@ -6,6 +6,7 @@ import { $, count, h, notify, percent } from "./dom.js";
 import { RowList, countRows } from "./list.js";
 import { Pages } from "./pages.js";
 import { showRecord, tokenView } from "./record.js";
+import { watchRuns } from "./runs.js";
 
 const SHOWS = {
   all: "All",
@@ -693,6 +694,7 @@ try {
 async function start() {
   await poll();
   if (!state.status) return;
+  if (state.status.runs) watchRuns(dialog);
   loadFields();
   const data = await get("view", parameters());
   state.listed = { rows: state.status.rows, generation: data.generation };
