@@ -127,6 +127,9 @@ CASES = {
     "Documents, on a card of 24 GB, in 4 bits": Case(
         pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to 4 bits) and has learned", SAME], STEPS
     ),
+    "Documents, in FP8, on an Ada or Hopper card": Case(
+        pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to FP8) and has learned", SAME], [*STEPS, *HALVES]
+    ),
     "More pages to a record": Case(pages, "data/contracts.jsonl", ["Accuracy = 20/20 ", SAME], [*STEPS, *HALVES]),
     "`[INST]` rows of text": Case(
         inst, "records.test.jsonl", ["18 records in records.train.jsonl", "Accuracy = 2/2 ", SAME], [*STEPS, *HALVES]
