@@ -23,7 +23,11 @@ def parse_arguments():
         "--base_model", metavar="MODEL", help="hub id or folder to merge onto (default: the base the adapter names)"
     )
     parser.add_argument("--predictions", metavar="FILE", help="predictions file whose scores go into the model card")
-    parser.add_argument("--compare_on", metavar="FILE", help="records to answer with the adapter unmerged, and merged")
+    parser.add_argument(
+        "--compare_on",
+        metavar="FILE",
+        help="records to answer (plain text: to read) with the adapter unmerged, and merged",
+    )
     parser.add_argument("--limit", type=int, help="compare on the first LIMIT records (default: 16)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the records' own)")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this hub id")

@@ -3,9 +3,10 @@
     python -m predict dataset/test.jsonl output/<name>
 
 Writes ./<name>.jsonl: each record as it is, plus `actual`, in the order of the file; plain text gets `nll` instead, its
-negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. Finished rows go to
-<name>.jsonl.partial at once; after a stop, the same command goes on from there. A record whose page cannot be opened
-gets `error` instead of `actual`, the others go on, and the exit code is 1. Records need no `expected`.
+negative log-likelihood in nats over `tokens` tokens, from which score makes perplexity. What a model thinks before the
+answer goes to `thinking`. Finished rows go to <name>.jsonl.partial at once; after a stop, the same command goes on from
+there. A record whose page cannot be opened gets `error` instead of `actual`, the others go on, and the exit code is 1.
+Records need no `expected`.
 
     torchrun --nproc_per_node 2 -m predict dataset/test.jsonl output/<name>
 
@@ -184,6 +185,11 @@ def main() -> int:
     for i, reason in failed.items() if rank() == 0 else ():
         print(f"error: {records[i].error(reason)}", file=sys.stderr)
     print(f"{len(rows)} rows in {output}, {len(failed)} with an error")
+    # Of several processes the first has the rows, and a stdout.
+    unsaid = [row for row in predictions.done.values() if "thinking" in row and not row["actual"]]
+    if unsaid:
+        cut = sum(row["finish_reason"] == "length" for row in unsaid)
+        print(f"{len(unsaid)} hold thinking without an answer, {cut} of them cut off by --max_new_tokens")
     print_peak_memory(device)
     finish()
     return 1 if failed else 0

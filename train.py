@@ -72,7 +72,8 @@ def main() -> None:
     # 2. Records: their shape takes a moment to check.
     records = read_records(data_args.dataset, data_args.images_dir, expected_required=True)
     held_out = read_records(eval_args.eval_dataset or (), data_args.images_dir, expected_required=True)
-    if (lora_args.vision_lora or lora_args.train_projector) and not any(record.image_paths for record in records):
+    sees = lora_args.vision_lora or lora_args.train_projector
+    if sees and lora_args.init_adapter is None and not any(record.image_paths for record in records):
         raise UserError("--vision_lora and --train_projector have no effect: no record has an image")
 
     import torch
@@ -83,7 +84,7 @@ def main() -> None:
     from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder, locate
     from mistral_ft.images import ImageFitter
-    from mistral_ft.lora import add_adapter
+    from mistral_ft.lora import add_adapter, find_start
     from mistral_ft.model import (
         check_model_folder,
         check_rounding,
@@ -106,6 +107,7 @@ def main() -> None:
 
     check_optimizer(args)
     check_trackers(args)
+    start = find_start(lora_args, model_args.model_id)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
     settings |= {"evaluation": eval_args, "checkpoints": checkpoint_args}
     resumed = None
@@ -153,7 +155,7 @@ def main() -> None:
         # 5. The base, frozen, and the adapter.
         set_seed(args.seed)
         model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.rounding)
-        model = add_adapter(model, lora_args, model_args.model_id)
+        model = add_adapter(model, lora_args, model_args.model_id, start)
         print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
         if speed_args.shard_base:
             held, whole = (amount / 2**30 for amount in held_bytes(model))

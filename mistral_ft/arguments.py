@@ -263,6 +263,10 @@ class EvaluationArguments:
 class LoraArguments:
     """How to adapt it."""
 
+    init_adapter: str | None = _field(
+        None,
+        "Go on from the adapter of this run in output/, or path, instead of a new one, on new or corrected data.",
+    )
     lora_rank: int = _field(16, "Rank of the adapter matrices.")
     lora_alpha: int = _field(32, "The adapter's output is scaled by lora_alpha / lora_rank.")
     use_rslora: bool = _field(False, "Scale it by lora_alpha / sqrt(lora_rank) instead: for high ranks.")

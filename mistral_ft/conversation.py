@@ -50,6 +50,37 @@ def text_of(message: Message) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
+def thinks(message: Message) -> bool:
+    """Whether a merged message has thinking in it."""
+    return any(block["type"] == "thinking" for block in message["content"])
+
+
+def thinking_text(block: dict[str, Any]) -> str:
+    """What a block of thinking says: a text, or as Mistral's API has it a list of text blocks."""
+    thinking = block["thinking"]
+    return thinking if isinstance(thinking, str) else "".join(part["text"] for part in thinking)
+
+
+def thinking_of(message: Message) -> str:
+    """All the thinking of a merged message."""
+    return "".join(thinking_text(block) for block in message["content"] if block["type"] == "thinking")
+
+
+def said(message: Message) -> str:
+    """The text of a merged answer. Like mistral-common, without spaces at its end, but for those after thinking."""
+    return text_of(message) if thinks(message) else text_of(message).rstrip(" ")
+
+
+def tools_text(tools: Iterable[dict[str, Any]]) -> str:
+    """Tools in OpenAI's shape as the template writes them: what mistral-common knows of each, in its order."""
+    found = []
+    for tool in tools:
+        function = tool["function"]
+        about = {"description": function.get("description") or "", "parameters": function.get("parameters") or {}}
+        found.append({"type": "function", "function": {"name": function["name"], **about}})
+    return to_json(found)
+
+
 def tool_calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Calls in OpenAI's shape as the template knows them: name, arguments as an object, id if there is one."""
     found = []
@@ -80,10 +111,13 @@ def to_json(data: Any) -> str:
 
 
 def answer_text(messages: Sequence[Message]) -> str:
-    """What messages of the assistant say, as predict reads it from the model: their text, then their calls as JSON."""
+    """What messages of the assistant say, as predict reads it from the model: their text, then their calls as JSON.
+
+    What they think is no part of it.
+    """
     parts = []
     for message in merge_messages(messages):
-        parts.append(text_of(message).rstrip(" "))
+        parts.append(said(message))
         parts += [tool_calls_text(message["tool_calls"])] if message.get("tool_calls") else []
     return "".join(parts)
 

@@ -197,15 +197,16 @@ def _from_parts(message: Any) -> dict[str, Any]:
 def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
     """The messages up to the last, which is the answer to learn, and that answer.
 
-    All messages and None if it is no text to learn, but a tool call or of weight 0. Earlier answers are learned too, as
-    other toolkits do.
+    All messages and None if it is no text to learn, but a tool call, of weight 0 or with thinking. Earlier answers are
+    learned too, as other toolkits do.
     """
     last = messages[-1]
     if last.get("role") != "assistant":
         raise ValueError(f"ends with the {last.get('role')}'s turn, so there is no answer to learn")
-    if last.get("tool_calls") or last.get("weight") == 0:
-        return messages, None
     answer = last.get("content")
+    parts = [part for part in answer if isinstance(part, dict)] if isinstance(answer, list) else []
+    if last.get("tool_calls") or last.get("weight") == 0 or any(part.get("type") == "thinking" for part in parts):
+        return messages, None
     if isinstance(answer, list) and all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in answer):
         answer = "".join(block["text"] for block in answer)
     if not isinstance(answer, str):

@@ -253,15 +253,17 @@ class Answer:
     """What became of one record: a text and how sure the model was of it, or the reason why there is none.
 
     Attributes:
-        log_probs: of the answer's tokens, the end token included.
+        log_probs: of the answer's tokens, the end token included; none of an answer that was cut off while thinking.
         fields: of an answer that is a JSON object, the confidence of each top-level value.
         finished: whether the model ended the answer, or the limit of tokens did.
+        thinking: what the model thought before the answer, for those that do.
     """
 
     actual: str = ""
     log_probs: tuple[float, ...] = ()
     fields: dict[str, dict[str, float]] = field(default_factory=dict)
     finished: bool = True
+    thinking: str = ""
     error: str | None = None
 
     def write_into(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -269,14 +271,14 @@ class Answer:
         kept = {name: value for name, value in record.items() if name not in PREDICTED}
         if self.error is not None:
             return kept | {"error": self.error}
-        total, count = sum(self.log_probs), len(self.log_probs)
-        # The last digits depend on what else is in the batch; four decimals are plenty.
-        sure = {"sum": round(total, 4), "mean": round(total / count, 4), "min": round(min(self.log_probs), 4)}
-        return kept | {
-            "actual": self.actual,
-            "confidence": sure | {"tokens": count} | ({"fields": self.fields} if self.fields else {}),
-            "finish_reason": "stop" if self.finished else "length",
-        }
+        found: dict[str, Any] = {"thinking": self.thinking} if self.thinking else {}
+        found["actual"] = self.actual
+        if self.log_probs:
+            total, count = sum(self.log_probs), len(self.log_probs)
+            # The last digits depend on what else is in the batch; four decimals are plenty.
+            sure = {"sum": round(total, 4), "mean": round(total / count, 4), "min": round(min(self.log_probs), 4)}
+            found["confidence"] = sure | {"tokens": count} | ({"fields": self.fields} if self.fields else {})
+        return kept | found | {"finish_reason": "stop" if self.finished else "length"}
 
 
 @dataclass(frozen=True)
@@ -429,11 +431,14 @@ class Generator:
         return cut_at(self.encoder.control.eos, output.sequences.tolist(), scores.tolist())
 
     def _answer(self, ids: list[int], log_probs: list[float]) -> Answer:
+        finished, thinking = ids[-1] == self.encoder.control.eos, self.encoder.decode_thinking(ids)
+        said = [not is_thought for is_thought in self.encoder.thought(ids)]
+        ids, log_probs = list(itertools.compress(ids, said)), list(itertools.compress(log_probs, said))
         text, fields = self.encoder.decode(ids), {}
         if value_spans(text):
             ends = token_ends([self.encoder.decode(ids[: count + 1]) for count in range(len(ids))])
             fields = field_confidences(text, ends, log_probs)
-        return Answer(text, tuple(log_probs), fields, ids[-1] == self.encoder.control.eos)
+        return Answer(text, tuple(log_probs), fields, finished, thinking)
 
 
 class _Prompts:

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mistral_ft.arguments import LoraArguments, rounding_of
+from mistral_ft.arguments import LoraArguments, changed_fields, rounding_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
-from mistral_ft.hub import find_model_folder
-from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, read_run
+from mistral_ft.hub import find_model_folder, locate
+from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, full_name, read_run
 
 TEXT_LAYERS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = (
@@ -68,13 +68,43 @@ def target_modules(model: nn.Module, args: LoraArguments) -> str:
     return "|".join([chosen] + [VISION_LAYERS] * args.vision_lora + [PROJECTOR] * args.train_projector)
 
 
-def add_adapter(model: nn.Module, args: LoraArguments, model_id: str) -> nn.Module:
-    """Freeze the model and wrap it with a new adapter that names `model_id` as its base.
+# Flags of an adapter that do not say which matrices it has, and how they are scaled.
+FREE_TO_CHANGE = {
+    "init_adapter", "lora_dropout", "freeze_vision_tower", "vision_lr", "projector_lr", "loraplus_lr_ratio"
+}  # fmt: skip
+
+
+def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
+    """The adapter of --init_adapter; None without one.
+
+    Raises:
+        UserError: if it is no run's, or that run had another base or other flags that give the adapter its shape.
+    """
+    if args.init_adapter is None:
+        return None
+    folder = locate(args.init_adapter)
+    adapter = Adapter(folder)
+    run = read_run(find_run_folder(folder))
+    then, now = run["settings"]["lora"], changed_fields(args)
+    differing = {"model_id": run["base_model"]} if full_name(run["base_model"]) != full_name(model_id) else {}
+    for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):
+        if then.get(name) != now.get(name):
+            differing[name] = then.get(name, getattr(LoraArguments(), name))
+    if differing:
+        flags = " ".join(f"--{name} {value}" for name, value in differing.items())
+        raise UserError(f"--init_adapter {args.init_adapter}: was made with {flags}; give the same")
+    return adapter
+
+
+def add_adapter(model: nn.Module, args: LoraArguments, model_id: str, start: "Adapter | None" = None) -> nn.Module:
+    """Freeze the model and wrap it with an adapter that names `model_id` as its base.
+
+    A new one, or one with the values of `start`, which must have the same shape (see `find_start`).
 
     Raises:
         UserError: if one of the arguments fits to no layer.
     """
-    from peft import LoraConfig, get_peft_model  # slow to import, and merge does without
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # slow to import, and merge does without
 
     targets = target_modules(model, args)
     names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
@@ -95,6 +125,9 @@ def add_adapter(model: nn.Module, args: LoraArguments, model_id: str) -> nn.Modu
     )
     model = get_peft_model(model, config)
     config.base_model_name_or_path = model_id  # peft writes the folder it was loaded from
+    if start is not None:
+        set_peft_model_state_dict(model, load_file(start.folder / ADAPTER_WEIGHTS))
+        start.check_loaded(model)
     return model
 
 
@@ -238,17 +271,23 @@ class Adapter:
             UserError: if peft does not load the adapter as it is in its file: it passes over tensors whose names it
                 does not know, and the answers would be the base's.
         """
-        from peft import PeftModel, get_peft_model_state_dict  # slow to import, and merge does without
+        from peft import PeftModel  # slow to import, and merge does without
+
+        wrapped = PeftModel.from_pretrained(model, self.folder)
+        self.check_loaded(wrapped)
+        return wrapped
+
+    def check_loaded(self, wrapped: nn.Module) -> None:
+        """Raises UserError unless a model that is wrapped by peft has this adapter's values, all of them."""
+        from peft import get_peft_model_state_dict
 
         path = self.folder / ADAPTER_WEIGHTS
-        wrapped = PeftModel.from_pretrained(model, self.folder)
         loaded, stored = get_peft_model_state_dict(wrapped), load_file(path)
         same = loaded.keys() == stored.keys() and all(
             torch.equal(loaded[key].float().cpu(), stored[key].float()) for key in stored
         )
         if not same:
             raise UserError(f"{path}: peft does not load this adapter as it is, so it cannot be used unmerged")
-        return wrapped
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises UserError if the parameter has not the shape that the adapter was trained on."""

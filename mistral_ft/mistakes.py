@@ -16,8 +16,8 @@ from mistral_ft.records import check_record
 KINDS = {
     "error": "predict could not answer: the row has an `error`",
     "unanswered": "no `actual` in the row",
-    "empty": "the answer is empty",
     "length": "cut off at the length limit: raise predict's --max_new_tokens",
+    "empty": "the answer is empty",
     "form": "right once normalised: only capitals, spaces or Unicode forms differ",
     "near": "nearly right: less than half of the characters differ",
     "different": "another answer altogether",
@@ -29,10 +29,10 @@ def kind_of(row: dict[str, Any], grade: Grade) -> str:
     answer = answer_of(row)
     if answer is None:
         return "unanswered" if row.get("error") is None else "error"
-    if not answer.strip():
-        return "empty"
     if row.get("finish_reason") == "length":
         return "length"
+    if not answer.strip():
+        return "empty"
     if grade.folded_hit:
         return "form"
     return "near" if grade.anls else "different"
@@ -112,7 +112,7 @@ class Mistakes:
         """Count a wrong row; return its kind."""
         kind = kind_of(row, grade)
         self.kinds[kind] += 1
-        if kind not in ("error", "unanswered", "empty"):
+        if (answer_of(row) or "").strip():
             characters, words = confusions(row["expected"], row["actual"])
             self.characters.merge(characters)
             self.words.merge(words)

@@ -17,7 +17,7 @@ from mistral_ft.errors import UserError
 from mistral_ft.files import atomic_write, check_target
 from mistral_ft.metrics import is_hit
 
-PREDICTED = ("actual", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
+PREDICTED = ("actual", "thinking", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
 
 
 class Predictions:

@@ -19,7 +19,18 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-from mistral_ft.conversation import merge_messages, parsed, text_of, to_json, tool_calls, tool_calls_text
+from mistral_ft.conversation import (
+    merge_messages,
+    parsed,
+    said,
+    text_of,
+    thinking_text,
+    thinks,
+    to_json,
+    tool_calls,
+    tool_calls_text,
+    tools_text,
+)
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, write_json
 from mistral_ft.prompt_versions import VERSIONS, PromptVersion, find_version
@@ -66,11 +77,13 @@ class ControlTokens:
     tool_content: int | None  # [TOOL_CONTENT]
     args: int | None  # [ARGS]
     call_id: int | None  # [CALL_ID]
+    think: int | None  # [THINK]
+    think_end: int | None  # [/THINK]
 
 
 CONTROL_TOKEN_NAMES = (
     "<s> </s> <pad> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [IMG] [IMG_BREAK] [IMG_END] [AVAILABLE_TOOLS] "
-    "[/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CONTENT] [ARGS] [CALL_ID]"
+    "[/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CONTENT] [ARGS] [CALL_ID] [THINK] [/THINK]"
 ).split()
 
 
@@ -96,6 +109,8 @@ class PromptEncoder:
             ids["<pad>"] = tokenizer.token_to_id("<unk>")
         if version.inst_is_text:  # whatever the vocabulary has
             ids["[INST]"] = ids["[/INST]"] = None
+        if not version.thinking:
+            ids["[THINK]"] = ids["[/THINK]"] = None
         self.control = ControlTokens(*ids.values())
         self.tokenizer, self.version = tokenizer, version
         # SentencePiece models expect a space before the first word of a text.
@@ -135,7 +150,13 @@ class PromptEncoder:
         control, version, grids = self.control, self.version, iter(grids)
         if expected is not None:
             messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
-        merged, system = self._arrange(merge_messages(expand_pages(messages)))
+        merged = merge_messages(expand_pages(messages))
+        if control.think is None and any(map(thinks, merged)):
+            raise ValueError(
+                f"thinking: the model's prompt, of version {version.name}, has no [THINK]; "
+                "leave it out, or take a model that thinks"
+            )
+        merged, system = self._arrange(merged)
         users = [k for k, message in enumerate(merged) if message["role"] == "user"]
         places = {"first": users[0], "last": users[-1]}
         if tools and not version.tools:
@@ -144,14 +165,16 @@ class PromptEncoder:
         for k, message in enumerate(merged):
             text = text_of(message)
             if message["role"] == "system":
-                part = [control.system, *self._text(text), control.system_end]
+                part = [control.system, *self._texts(message["content"]), control.system_end]
             elif message["role"] == "user":
                 part = self._user(message["content"], grids, system if places.get(version.system) == k else "")
                 if tools and places[version.tools] == k:
-                    part = [control.tools, *self._text(to_json(tools)), control.tools_end, *part]
+                    part = [control.tools, *self._text(tools_text(tools)), control.tools_end, *part]
             elif message["role"] == "assistant":
-                # mistral-common strips answers on the right, so that </s> follows the last word.
-                part = self._text(text.rstrip(" ") if version.strips_answers else text)
+                if thinks(message):
+                    part = self._texts(message["content"])
+                else:
+                    part = self._text(said(message) if version.strips_answers else text)
                 part += self._calls(message.get("tool_calls") or [], beside_text=bool(text))
                 part.append(control.eos)
             else:
@@ -194,15 +217,31 @@ class PromptEncoder:
         return [ids[start : start + step] for start in range(0, len(ids), step)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, without control tokens; calls as JSON, however the version writes them."""
+        """What ids say: text without control tokens and thinking; calls as JSON, however the version writes them."""
+        ids = [i for i, is_thought in zip(ids, self.thought(ids), strict=True) if not is_thought]
         if self.version.calls == "list" or self.control.tool_calls not in ids:
             return self._plain(ids)
-        text, *calls = _split(ids, self.control.tool_calls)
+        text, *calls = split_at(ids, self.control.tool_calls)
         return self._plain(text) + to_json([self._call(call) for call in calls])
 
+    def decode_thinking(self, ids: Sequence[int]) -> str:
+        """What ids think."""
+        return self._plain(list(itertools.compress(ids, self.thought(ids))))
+
+    def thought(self, ids: Sequence[int]) -> list[bool]:
+        """Whether each id is thinking: from [THINK] to [/THINK] or, where it is not closed, to the end."""
+        if self.control.think not in ids:
+            return [False] * len(ids)
+        found, inside = [], False
+        for i in ids:
+            inside = inside or i == self.control.think
+            found.append(inside)
+            inside = inside and i != self.control.think_end
+        return found
+
     def _call(self, ids: list[int]) -> dict[str, Any]:
-        head, *arguments = _split(ids, self.control.args)
-        name, *call_id = _split(head, self.control.call_id)
+        head, *arguments = split_at(ids, self.control.args)
+        name, *call_id = split_at(head, self.control.call_id)
         call = {"name": self._plain(name), "arguments": parsed("".join(map(self._plain, arguments)))}
         return call | ({"id": self._plain(call_id[0])} if call_id else {})
 
@@ -211,6 +250,17 @@ class PromptEncoder:
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(self.space + text, add_special_tokens=False).ids if text else []
+
+    def _texts(self, blocks: list[dict[str, Any]]) -> list[int]:
+        """Texts and thinking, each encoded by itself."""
+        ids: list[int] = []
+        for block in blocks:
+            if block["type"] == "text":
+                ids += self._text(block["text"])
+            else:
+                ids += [self.control.think, *self._text(thinking_text(block))]
+                ids += [] if block.get("closed") is False else [self.control.think_end]
+        return ids
 
     def _user(self, blocks: list[dict[str, Any]], grids: Iterable[tuple[int, int]], system: str) -> list[int]:
         # mistral-common: an image that follows nothing but text moves to the front.
@@ -285,7 +335,7 @@ def _sort_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return arranged
 
 
-def _split(ids: Sequence[int], mark: int | None) -> list[list[int]]:
+def split_at(ids: Sequence[int], mark: int | None) -> list[list[int]]:
     """The ids before, between and behind the marks."""
     parts: list[list[int]] = [[]]
     for i in ids:
@@ -382,7 +432,8 @@ def save_prompt_files(base: str | os.PathLike, folder: str | os.PathLike) -> str
     encoder.tokenizer.encode_special_tokens = False
     encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     layout = {name: value for name, value in asdict(encoder.version).items() if name != "models"}
-    settings = f"{{%- set version = {to_json(layout | {'space': encoder.space})} -%}}\n"
+    layout |= {"space": encoder.space, "thinking": encoder.control.think is not None}
+    settings = f"{{%- set version = {to_json(layout)} -%}}\n"
     (folder / "chat_template.jinja").write_text(settings + CHAT_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
 
     config_path = folder / "tokenizer_config.json"

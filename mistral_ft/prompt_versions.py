@@ -32,6 +32,7 @@ class PromptVersion:
         text_with_calls: whether a message may have both.
         sorted_results: whether results are put in the order of the calls they answer.
         strips_answers: whether spaces at an answer's end are left out.
+        thinking: whether it writes thinking between [THINK] and [/THINK], if the vocabulary has these.
     """
 
     name: str
@@ -44,6 +45,7 @@ class PromptVersion:
     text_with_calls: bool = True
     sorted_results: bool = False
     strips_answers: bool = True
+    thinking: bool = False
 
     @property
     def control_tokens(self) -> list[str]:
@@ -69,7 +71,7 @@ VERSIONS = {
         PromptVersion("v7", "Mistral-Small 3.1"),
         PromptVersion("v11", "Mistral-Small 3.2", calls="each with id", sorted_results=True),
         PromptVersion("v13", "Magistral, Devstral and Ministral 3", tools="first", calls="each", results="text",
-                      sorted_results=True),
+                      sorted_results=True, thinking=True),
     )
 }  # fmt: skip
 

@@ -2,7 +2,9 @@
 
     {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, "tools"?: [...]}
 
-A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them.
+A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them; of
+the assistant and the system also {"type": "thinking", "thinking": str or [text block, ...], "closed"?: bool}, as in
+Mistral's API.
 Without `expected` the last messages may be the assistant's: then all of the assistant's messages are learned, but for
 those with `weight` 0. In records with `expected` it is learned alone, and those of the assistant's messages whose
 `weight` is 1.
@@ -19,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.conversation import answer_start, answer_text, merge_messages, with_weights
+from mistral_ft.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.formats import DIRECT, as_record, possible_formats
 from mistral_ft.references import check_reference, expand_pages, resolve
-from mistral_ft.rows import is_table, kind_of, read_objects
+from mistral_ft.rows import RowSource, is_table, kind_of, read_objects
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -77,10 +79,10 @@ class Record:
 
     @property
     def learned(self) -> list[str]:
-        """Every text that training learns, in order."""
+        """Every text that training learns, in order; of answers what they think, then what they say."""
         if self.text is not None:
             return [self.text]
-        return [answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
+        return [thinking_of(m) + answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def read_records(
     """Read and check the records of one or more sources.
 
     Args:
-        paths: JSONL files and whatever else `rows.read_rows` reads, in this order.
+        paths: JSONL files and whatever else `rows.RowSource` reads, in this order.
         images_dir: folder of the images; by default each file's own.
         expected_required: refuse records without `expected`, as training and scoring need it.
 
@@ -134,7 +136,7 @@ def read_records(
     for path in map(Path, paths):
         folder = find_images_dir(path, images_dir)
         before = len(records) + len(errors)
-        for line, data in read_objects(path, folder, errors):
+        for line, data in read_objects(RowSource(path, folder), errors):
             try:
                 data = as_record(data)
                 check_record(data, expected_required)
@@ -216,8 +218,17 @@ def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
         if not any(m.get("weight", 1) for m in messages if m["role"] == "assistant"):
             raise ValueError("every message of the assistant has `weight` 0, so there is nothing to learn")
     tools = data.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools is not None:
+        _check_tools(tools)
+
+
+def _check_tools(tools: Any) -> None:
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"`tools` must be a list of objects, got {kind_of(tools)}")
+    for tool in tools:
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('`tools` must look like [{"type": "function", "function": {"name": …, "parameters": …}}]')
 
 
 def _check_text(data: dict[str, Any]) -> None:
@@ -258,6 +269,11 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
         if role != "assistant":
             raise ValueError(f"`tool_calls` belong in an assistant message, not in one of role {role!r}")
         _check_tool_calls(message["tool_calls"])
+    if isinstance(content, list):
+        behind = [*content[1:], *(message.get("tool_calls") or [])]
+        # Nobody could tell where it ends.
+        if any(block.get("closed") is False for block, _ in zip(content, behind, strict=False)):
+            raise ValueError("thinking that is not `closed` must be the last thing in its message")
     if not isinstance(message.get("tool_call_id", ""), str):
         raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
 
@@ -280,6 +296,17 @@ def _check_tool_calls(calls: Any) -> None:
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")
 
 
+def _check_thinking(thinking: Any, closed: Any) -> None:
+    if isinstance(thinking, list):
+        for part in thinking:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError("the list in `thinking` must hold text blocks and nothing else")
+    elif not isinstance(thinking, str):
+        raise ValueError(f"`thinking` must be a string or a list of text blocks, got {kind_of(thinking)}")
+    if not isinstance(closed, bool | None):
+        raise ValueError(f"`closed` must be true or false, got {kind_of(closed)}")
+
+
 def _check_block(block: Any, role: str) -> None:
     if not isinstance(block, dict):
         raise ValueError(f"expected an object with `type`, got {kind_of(block)}")
@@ -293,5 +320,9 @@ def _check_block(block: Any, role: str) -> None:
         if not isinstance(block.get("image"), str) or not block["image"]:
             raise ValueError(f"`image` must be the path of an image file, got {kind_of(block.get('image'))}")
         check_reference(block["image"])
+    elif kind == "thinking":
+        if role not in ("assistant", "system"):
+            raise ValueError(f"thinking belongs in an assistant or system message, not in one of role {role!r}")
+        _check_thinking(block.get("thinking"), block.get("closed"))
     else:
-        raise ValueError(f"unknown type {kind!r}; expected 'text' or 'image'")
+        raise ValueError(f"unknown type {kind!r}; expected 'text', 'image' or 'thinking'")

@@ -335,14 +335,16 @@ class ReviewApp:
             # What is shown in part, or is no text, cannot be edited here.
             "editable": expected is None or (isinstance(expected, str) and len(expected) <= LONGEST_SHOWN),
             "acceptable": actual is not None and len(actual) <= LONGEST_SHOWN,
-            "actual": shown(actual), "error": shown(data.get("error")), "diff": diffs(expected, actual),
+            "actual": shown(actual), "thinking": shown(data.get("thinking")), "error": shown(data.get("error")),
+            "diff": diffs(expected, actual),
             "metrics": metrics_of(data) if desk.index.predicted else {},
             "confidence": confidences_of(data), "json_fields": json_fields_of(data),
             "fields": [[name, shown(value)] for name, value in data.items()
-                       if name not in ("id", "messages", "expected", "actual", "error", "confidence")],
+                       if name not in ("id", "messages", "expected", "actual", "thinking", "error", "confidence")],
             "problem": problem_of(data),
             "other": other and {
-                "actual": shown(answer_of(other)), "error": shown(other.get("error")),
+                "actual": shown(answer_of(other)), "thinking": shown(other.get("thinking")),
+                "error": shown(other.get("error")),
                 "right": {1: True, 0: False}.get(int(desk.index.rows["other_hit"][row])),
                 "confidence": confidences_of(other), "diff": diffs(expected, answer_of(other)),
                 "expects_otherwise": other.get("expected") != source.get("expected"),
@@ -458,6 +460,10 @@ def shown_message(message: Any) -> dict[str, Any]:
         if kind in ("text", "image"):
             text = shown(block.get(kind)) or ""
             blocks.append((kind, label(text) if kind == "image" else text))
+        elif kind == "thinking":
+            parts = listed(block.get("thinking")) or [{"text": block.get("thinking")}]
+            text = "".join(text_of(part.get("text")) or "" for part in parts if isinstance(part, dict))
+            blocks.append((kind, shown(text)))
         else:
             blocks.append(("other", shown(block)))
     rest = {name: value for name, value in message.items() if name not in ("role", "content")}

@@ -47,7 +47,7 @@ ROW = np.dtype(
 )  # fmt: skip
 
 # Not among the fields to filter by: what every row has of its own.
-OWN = {"id", "messages", "expected", "actual", "confidence", "error", "tools"}
+OWN = {"id", "messages", "expected", "actual", "thinking", "confidence", "error", "tools"}
 COMPUTED = {"answer_length": "length of the expected answer", "mistake": "kind of mistake"}
 
 

@@ -23,15 +23,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mistral_ft.conversation import thinking_text
 from mistral_ft.errors import UserError
 from mistral_ft.formats import as_record
 from mistral_ft.images import TEXT_ONLY, ImageFitter
 from mistral_ft.pages import fingerprint, open_image, page_size
 from mistral_ft.progress import Progress
-from mistral_ft.prompt import CONTROL_TOKEN_NAMES, IGNORE_INDEX, PromptEncoder, encode_record, length_problem
+from mistral_ft.prompt import (
+    CONTROL_TOKEN_NAMES,
+    IGNORE_INDEX,
+    PromptEncoder,
+    encode_record,
+    length_problem,
+    split_at,
+)
 from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.references import is_data_url, resolve, split_page
-from mistral_ft.rows import count_rows, parse_line, read_rows
+from mistral_ft.rows import RowSource, parse_line
 
 MOST_EXAMPLES = 10  # of each kind of problem, for the report
 CHUNK = 16  # lines that a worker gets at a time
@@ -219,15 +227,12 @@ class RowChecker:
         problem = length_problem(len(ids), image_tokens, len(grids), self.max_seq_length)
         if problem and record.text is None:
             problems.append(Problem(LENGTH, problem))
-        # Each answer ends with an id of its own.
-        learned = [
-            list(part) for is_end, part in itertools.groupby(answer, self.encoder.control.eos.__eq__) if not is_end
-        ]
+        learned = split_at(answer, self.encoder.control.eos)[:-1]  # each answer ends with it
         if record.text is None and learned and (length := len(learned[-1]) + 1) > MAX_NEW_TOKENS:
             text = f"the answer has {length:,} tokens; predict needs --max_new_tokens {length} or more for it"
             problems.append(Problem(LONG_ANSWER, text))
-        for part, text in zip(learned, filter(None, record.learned), strict=True):
-            if (back := self.encoder.decode(part)) != text:
+        for part, text in zip(learned, record.learned, strict=True):
+            if (back := self.encoder.decode_thinking(part) + self.encoder.decode(part)) != text:
                 place = next((k for k, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), len(back))
                 found = f"the answer comes back from the tokenizer as {back[place : place + 20]!r} at character"
                 problems.append(Problem(ROUND_TRIP, f"{found} {place + 1}, not as {text[place : place + 20]!r}"))
@@ -238,11 +243,13 @@ def _check_texts(messages: Sequence[dict[str, Any]]) -> list[Problem]:
     texts = []
     for message in messages:
         content = message.get("content") or ""
-        texts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
-    found = sorted({name for text in texts if isinstance(text, str) for name in LOOK_ALIKE.findall(text)})
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            texts.append(thinking_text(block) if block["type"] == "thinking" else block.get("text") or "")
+    found = sorted({name for text in texts for name in LOOK_ALIKE.findall(text)})
     if not found:
         return []
-    return [Problem(CONTROL, f"{', '.join(found)} in a text is learned letter by letter; remove it if it is no text")]
+    remedy = 'write blocks of type "thinking"' if "[THINK]" in found else "remove it if it is no text"
+    return [Problem(CONTROL, f"{', '.join(found)} in a text is learned letter by letter; {remedy}")]
 
 
 def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
@@ -289,7 +296,8 @@ def check_files(
     Raises:
         UserError: if a file cannot be read.
     """
-    progress = Progress("checking", sum(count_rows(source.path) for source in sources), "row")
+    read = [RowSource(source.path, source.images_dir) for source in sources]
+    progress = Progress("checking", sum(rows.count() for rows in read), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
@@ -303,8 +311,7 @@ def check_files(
         progress.update(len(lines))
 
     try:
-        for source in sources:
-            rows = read_rows(source.path, source.images_dir)
+        for source, rows in zip(sources, map(iter, read), strict=True):
             while lines := list(itertools.islice(rows, CHUNK)):
                 window.append((source, lines, pool.submit(_check_lines, source, lines)))
                 if len(window) > 8 * workers:  # a little ahead, so that memory does not grow with the file

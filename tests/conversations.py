@@ -42,6 +42,18 @@ def system(content) -> dict:
     return {"role": "system", "content": content}
 
 
+def thinking(string: str, **more) -> dict:
+    return {"type": "thinking", "thinking": string, **more}
+
+
+def tool(call_id: str, content) -> dict:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def call(string: str) -> dict:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {string: string}}}
+
+
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "total", "arguments": '{"invoice": "№ 7"}'}}
 CALL_2 = {"id": "123456789", "type": "function", "function": {"name": "date", "arguments": "{}"}}
 TOOLS = [
@@ -109,3 +121,94 @@ CONVERSATIONS = [
     ([user("a"), assistant(None, tool_calls=[CALL]), {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"},
       assistant("b"), user("c")], "d", TOOLS),
 ]  # fmt: skip
+
+RESULT, RESULT_2 = tool("abcdefghi", '{"total": "12.00 €"}'), tool("123456789", "2026-01-02 [/TOOL_RESULTS]")
+BARE_TOOLS = [  # without what mistral-common fills in, with what it leaves out, in another order
+    {"function": {"parameters": {"b": 1, "a": 2}, "strict": True, "name": "f"}, "type": "function"},
+    {"function": {"description": None, "name": "g"}},
+]
+# Chats to learn: (messages, tools or None)
+CHATS = {
+    "one turn": ([user("a"), assistant("b")], None),
+    "several turns": ([user("a"), assistant("bcd"), user("e"), assistant("fgh"), user("i"), assistant("jkl")], None),
+    "weight 0 first": ([user("a"), assistant("bcd", weight=0), user("e"), assistant("fgh", weight=1)], None),
+    "weight 0 last": ([user("a"), assistant("bcd", weight=1), user("e"), assistant("fgh", weight=0)], None),
+    "weights apart": ([user("a"), assistant("bcd", weight=0), assistant("efg", weight=1)], None),
+    "two of one weight": ([user("a"), assistant("bcd", weight=1), assistant("efg", weight=1)], None),
+    "answers in blocks": ([user("a"), assistant([text("b "), text(""), text("c ")]), user("d"), assistant("e ")], None),
+    "a welcome": ([system("S"), assistant("b"), user("c"), assistant("d")], None),
+    "a welcome not learned": ([assistant("b", weight=0), user("c"), assistant("d", weight=1)], None),
+    "two system messages": ([system([text("S"), text("T")]), system("U"), user("a"), assistant("b"), user("c"),
+                             assistant("d")], None),
+    "a late system message": ([user("a"), assistant("b"), user("c"), system("S"), user("d"), assistant("e")], None),
+    "system and images": ([system("S"), user([text("a"), IMAGE]), assistant("bcd"), user([IMAGE, text("e")]),
+                           assistant("fgh")], None),
+    "images and weights": ([user([IMAGE, text("a"), IMAGE]), assistant("bcd", weight=0), user([text("e"), IMAGE]),
+                            assistant("fgh", weight=1)], None),
+    "a call": ([user("a"), assistant("", tool_calls=[CALL])], TOOLS),
+    "text and calls": ([user("a"), assistant("so:", tool_calls=[CALL, CALL_2])], TOOLS),
+    "a call, its result and the answer": ([system("S"), user("a"), assistant(None, tool_calls=[CALL]), RESULT,
+                                           assistant("12.00 €")], TOOLS),
+    "a call not learned": ([user("a"), assistant("", tool_calls=[CALL], weight=0), RESULT,
+                            assistant("12.00 €", weight=1)], TOOLS),
+    "only the call learned": ([user("a"), assistant("b", weight=0), assistant("", tool_calls=[CALL], weight=1), RESULT,
+                               assistant("12.00 €", weight=0)], TOOLS),
+    "calls in several turns": ([user("a"), assistant("", tool_calls=[CALL]), RESULT, assistant("", tool_calls=[CALL_2]),
+                                RESULT_2, assistant("b"), user("cde"), assistant("fgh")], TOOLS),
+    "results in another order": ([user("a"), assistant("", tool_calls=[CALL, CALL_2]), RESULT_2, RESULT,
+                                  assistant("b")], TOOLS),
+    "a result in blocks": ([user("a"), assistant("", tool_calls=[CALL]), tool("abcdefghi", [text("b"), text("c")]),
+                            assistant("d")], TOOLS),
+    "an empty result": ([user("a"), assistant("", tool_calls=[CALL]), tool("abcdefghi", ""), assistant("d")], TOOLS),
+    "bare tools": ([user("a"), assistant("b")], BARE_TOOLS),
+    **{f"nasty {k}": ([system(s), user(s), assistant(s), user("b"), assistant(f"{s}!", weight=0), user(s),
+                       assistant(s)], None) for k, s in enumerate(NASTY) if s.strip()},
+    **{f"nasty call {k}": ([user(s), assistant("", tool_calls=[call(s)]), tool("abcdefghi", s), assistant(s)], TOOLS)
+       for k, s in enumerate(NASTY) if s.strip()},
+}  # fmt: skip
+
+# The system message of Ministral 3 Reasoning; Magistral's differs in a few words.
+HOW_TO_THINK = system(
+    [
+        text(
+            "# HOW YOU SHOULD THINK AND ANSWER\n\nFirst draft your thinking process (inner monologue) until you arrive "
+            "at a response. Format your response using Markdown, and use LaTeX for any mathematical equations. Write "
+            "both your thoughts and the response in the same language as the input.\n\nYour thinking process must "
+            "follow the template below:"
+        ),
+        thinking(
+            "Your thoughts or/and draft, like working through an exercise on scratch paper. Be as casual and as long "
+            "as you want until you are confident to generate the response to the user.",
+            closed=True,
+        ),
+        text("Here, provide a self-contained response."),
+    ]
+)
+A, B = thinking("Hm, a."), thinking("So\n\nb! ")
+# The same for versions that know thinking.
+THINKING_CHATS = {
+    "one turn": ([user("a"), assistant([A, text("b")])], None),
+    "several turns": ([user("a"), assistant([A, text("b")]), user("c"), assistant([B, text("d")])], None),
+    "not in all turns": ([user("a"), assistant([A, text("b")]), user("c"), assistant("d")], None),
+    "weight 0 first": ([user("a"), assistant([A, text("b")], weight=0), user("c"), assistant([B, text("d")], weight=1)],
+                       None),
+    "weight 0 last": ([user("a"), assistant([A, text("b")], weight=1), user("c"), assistant([B, text("d")], weight=0)],
+                      None),
+    "weights apart": ([user("a"), assistant([A, text("b")], weight=0), assistant([B, text("c")], weight=1)], None),
+    "two of one weight": ([user("a"), assistant([A, text("b")]), assistant([B, text("c")])], None),
+    "two thoughts": ([user("a"), assistant([A, B, text("b"), text("c")])], None),
+    "behind a text": ([user("a"), assistant([text("b"), text("c"), A, text("d")])], None),
+    "spaces around": ([user("a"), assistant([thinking("  a  "), text("  b  ")])], None),
+    "an empty thought": ([user("a"), assistant([thinking(""), text("b")])], None),
+    "nothing but a thought": ([user("a"), assistant([A, text("")])], None),
+    "not closed": ([user("a"), assistant([text("b"), thinking("Hm", closed=False)])], None),
+    "not closed, not learned": ([user("a"), assistant([thinking("Hm", closed=False)], weight=0), user("b"),
+                                 assistant([A | {"closed": True}, text("c")], weight=1)], None),
+    "before a call": ([user("a"), assistant([A], tool_calls=[CALL]), RESULT, assistant([B, text("12.00 €")])], TOOLS),
+    "before text and calls": ([user("a"), assistant([A, text("so:")], tool_calls=[CALL, CALL_2], weight=1), RESULT_2,
+                               RESULT, assistant([B, text("c")], weight=0)], TOOLS),
+    "system": ([HOW_TO_THINK, user([text("a"), IMAGE]), assistant([A, text("b")]), user("c"), assistant("d")], None),
+    "system, not closed": ([system([text("S"), thinking("T", closed=False)]), user("a"), assistant("b")], None),
+    **{f"nasty {k}": ([system([thinking(s), text(s)]), user(s), assistant([thinking(s), text(s)], weight=0), user("b"),
+                       assistant([thinking(s), text(s)], weight=1)], None) for k, s in enumerate(NASTY)},
+}  # fmt: skip

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -264,31 +263,3 @@ def test_a_line_is_seen_when_it_is_printed():
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.communicate("go on\n")
-
-
-@pytest.mark.slow
-def test_the_job_of_the_recipes(tmp_path):
-    script = re.search(r"```bash\n(#!/usr/bin/env bash\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)[1]
-    for name in ("dataset", "models"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
-
-    def run(**changes) -> subprocess.CompletedProcess:
-        text = script
-        for old, new in changes.values():
-            assert text.count(old) == 1
-            text = text.replace(old, new)
-        return subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    wrong = run(data=("--dataset dataset/train.jsonl", "--dataset dataset/none.jsonl"))
-    assert wrong.returncode == 1
-    assert (tmp_path / "train.log").read_text() == "error: dataset/none.jsonl: no such file\n"
-    # Two steps teach too little for 90 %.
-    done = run(steps=("--num_train_epochs 2", "--max_steps 2"), score=("--fail_under 0.9", "--fail_under 0"))
-    assert done.returncode == 0, done.stderr
-    assert "\ndone, step 2/2, " in done.stdout
-    assert json.loads((tmp_path / "score.json").read_text())["count"] == 100
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == [
-        path.name for path in (tmp_path / "output").iterdir()
-    ]

@@ -27,6 +27,8 @@ SHOWN = {
     "max_image_pixels": "test_pages.py::test_the_flag",
     "max_seq_length": "test_cli.py::test_records_that_are_too_long",
     "model_id": "test_cli.py::test_models_that_are_none",
+    "base_dtype": "test_fp8.py::test_it_trains_predicts_and_merges",
+    "init_adapter": "test_init_adapter.py::test_it_begins_where_the_other_run_ended",
     "load_in_4bit": "test_four_bit.py::test_it_trains_predicts_and_merges",
     "gpu_memory_gib": "needs a GPU: bench/train_speed.py",
     "packing": "test_training.py::test_packing_trains_every_record_once_an_epoch",

@@ -1,49 +1,22 @@
-"""What is learned of whole conversations and plain text: ids as mistral-common writes them, labels as exact lists."""
+"""What is learned of conversations and plain text, as exact lists; test_prompt_versions.py asks mistral-common."""
 
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mistral_common")  # not to be had for Python 3.10
-
-from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
-from mistral_common.protocol.instruct.messages import (
-    FinetuningAssistantMessage,
-    FinetuningMessage,
-    SystemMessage,
-    ToolMessage,
-    UserMessage,
-)
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7
-from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
-from mistral_common.protocol.instruct.tool_calls import Tool
-from mistral_common.protocol.instruct.validator import MistralRequestValidatorV5, ValidationMode
-from mistral_common.tokens.tokenizers import image as mistral_image
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from PIL import Image
-
 from mistral_ft.formats import as_record
 from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record
 from mistral_ft.records import Record, check_record, image_blocks
-from tests.conversations import CALL, CALL_2, IMAGE, NASTY, TOOLS, assistant, system, text, user
+from tests.conversations import CHATS, NASTY, assistant, user
 
 TINY = Path("models/tiny")
 X = IGNORE_INDEX
-PAGE = Image.new("RGB", (60, 100))
 GRID = (4, 3)
 
 
 @pytest.fixture(scope="module")
 def encoder():
     return PromptEncoder.from_folder(TINY)
-
-
-@pytest.fixture(scope="module")
-def reference():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(mistral_image, "transform_image", lambda image, size: None)
-    yield MistralTokenizer.from_file(TINY / "tekken.json", mode=ValidationMode.finetuning)
-    patch.undo()
 
 
 def encoded(encoder, row) -> tuple[list[int], list[int]]:
@@ -53,71 +26,8 @@ def encoded(encoder, row) -> tuple[list[int], list[int]]:
     return encode_record(encoder, record, [GRID] * len(image_blocks(record.conversation)), with_answer=True)
 
 
-def reference_ids(reference, messages, tools=None):
-    """Ids and labels by mistral-common: what each message of the assistant is encoded as, if its weight is not 0."""
-
-    def content(value):
-        if not isinstance(value, list):
-            return value
-        return [TextChunk(text=b["text"]) if b["type"] == "text" else ImageChunk(image=PAGE) for b in value]
-
-    kinds = {"user": UserMessage, "system": SystemMessage, "tool": ToolMessage, "assistant": FinetuningAssistantMessage}
-    typed = [kinds[m["role"]](**(m | {"content": content(m["content"])})) for m in messages]
-    available = [Tool(**tool) for tool in tools] if tools else None
-    MistralRequestValidatorV5(ValidationMode.finetuning).validate_messages(typed)
-    normalizer = InstructRequestNormalizerV7(
-        UserMessage,
-        FinetuningAssistantMessage,
-        ToolMessage,
-        SystemMessage,
-        InstructRequest[FinetuningMessage, Tool],
-        None,
-    )
-    request = ChatCompletionRequest[FinetuningMessage](messages=typed, tools=available)
-    request = normalizer.from_chat_completion_request(request)
-    ids = reference.instruct_tokenizer.encode_instruct(request).tokens
-    labels, place = [X] * len(ids), 0
-    for message in request.messages:
-        if message.role != "assistant":
-            continue
-        part = reference.instruct_tokenizer.encode_assistant_message(message, False)
-        place = next(k for k in range(place, len(ids)) if ids[k : k + len(part)] == part)
-        if message.weight is None or message.weight:
-            labels[place : place + len(part)] = part
-        place += len(part)
-    return ids, labels
-
-
 # What begins with [INST] is a question without an answer, and refused.
 TEXTS = [s for s in NASTY if s.strip() and not s.startswith("[INST]")]
-RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": '{"total": "12.00 €"}'}
-CHATS = {
-    "one turn": ([user("a"), assistant("b")], None),
-    "several turns": ([user("a"), assistant("bcd"), user("e"), assistant("fgh"), user("i"), assistant("jkl")], None),
-    "weight 0 first": ([user("a"), assistant("bcd", weight=0), user("e"), assistant("fgh", weight=1)], None),
-    "weight 0 last": ([user("a"), assistant("bcd", weight=1), user("e"), assistant("fgh", weight=0)], None),
-    "weights apart": ([user("a"), assistant("bcd", weight=0), assistant("efg", weight=1)], None),
-    "two of one weight": ([user("a"), assistant("bcd", weight=1), assistant("efg", weight=1)], None),
-    "system and images": ([system("S"), user([text("a"), IMAGE]), assistant("bcd"), user([IMAGE, text("e")]),
-                           assistant("fgh")], None),
-    "a call": ([user("a"), assistant("", tool_calls=[CALL])], TOOLS),
-    "text and calls": ([user("a"), assistant("so:", tool_calls=[CALL, CALL_2])], TOOLS),
-    "a call, its result and the answer": ([system("S"), user("a"), assistant(None, tool_calls=[CALL]), RESULT,
-                                           assistant("12.00 €")], TOOLS),
-    "a call not learned": ([user("a"), assistant("", tool_calls=[CALL], weight=0), RESULT,
-                            assistant("12.00 €", weight=1)], TOOLS),
-    "tools in the middle": ([user("a"), assistant("", tool_calls=[CALL]), RESULT, assistant("b"), user("cde"),
-                             assistant("fgh")], TOOLS),
-    **{f"nasty {k}": ([user("a"), assistant(s), user("b"), assistant(f"{s}!")], None)
-       for k, s in enumerate(NASTY) if s.strip()},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHATS)
-def test_chats_are_learned_as_mistral_common_encodes_them(encoder, reference, name):
-    messages, tools = CHATS[name]
-    row = {"messages": messages} | ({"tools": tools} if tools else {})
-    assert encoded(encoder, row) == reference_ids(reference, messages, tools)
 
 
 def test_every_answer_of_a_chat_is_learned(encoder):
@@ -148,9 +58,9 @@ def test_a_call_is_learned_with_its_control_token(encoder):
 
 
 @pytest.mark.parametrize("string", TEXTS)
-def test_all_of_plain_text_is_learned(encoder, reference, string):
+def test_all_of_plain_text_is_learned(encoder, string):
     ids, labels = encoded(encoder, {"text": string})
-    assert ids == reference.instruct_tokenizer.tokenizer.encode(string, bos=True, eos=True)
+    assert ids[0] == 1
     assert labels == [X, *ids[1:]]
     assert encoder.decode(ids) == string
 

@@ -9,25 +9,49 @@ pytest.importorskip("mistral_common")  # not to be had for Python 3.10
 pytest.importorskip("sentencepiece")
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
-from mistral_common.protocol.instruct.messages import AssistantMessage
+from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk, ThinkChunk
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    FinetuningAssistantMessage,
+    FinetuningMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
+from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers import image as mistral_image
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mistral_ft.errors import UserError
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, save_prompt_files
-from tests.conversations import CALL, CALL_2, CONVERSATIONS, NASTY, TOOLS, assistant, system, text, user
+from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, save_prompt_files
+from mistral_ft.records import Record, checked
+from tests.conftest import TINY
+from tests.conversations import (
+    CALL,
+    CALL_2,
+    CHATS,
+    CONVERSATIONS,
+    NASTY,
+    THINKING_CHATS,
+    TOOLS,
+    assistant,
+    system,
+    text,
+    thinking,
+    user,
+)
 from tests.tiny_models import SENTENCEPIECE, write_sentencepiece, write_tekken
 
 X = IGNORE_INDEX
 PAGE = Image.new("RGB", (60, 100))  # 4 rows of 3 tokens of 28 px
 GRID = (4, 3)
-KINDS = ["v1", "v3", "v7", "v3-tekken", "v11-tekken", "v13-tekken"]
+KINDS = ["v1", "v3", "v7", "v3-tekken", "v7-tekken", "v11-tekken", "v13-tekken"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -37,6 +61,8 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def folder(kind, tmp_path_factory) -> Path:
+    if kind == "v7-tekken":
+        return TINY
     path = tmp_path_factory.mktemp(kind)
     version, _, tekken = kind.partition("-")
     (write_tekken if tekken else write_sentencepiece)(path, version)
@@ -52,18 +78,23 @@ def encoder(folder):
 def reference(kind, folder):
     patch = pytest.MonkeyPatch()
     patch.setattr(mistral_image, "transform_image", lambda image, size: np.zeros(1))  # needs OpenCV
-    yield MistralTokenizer.from_file(folder / "tekken.json" if "tekken" in kind else SENTENCEPIECE[kind])
+    path = folder / "tekken.json" if "tekken" in kind else SENTENCEPIECE[kind]
+    yield MistralTokenizer.from_file(path, mode=ValidationMode.finetuning)
     patch.undo()
+
+
+def chunks(content):
+    """A message's content as mistral-common takes it."""
+    make = {
+        "text": lambda block: TextChunk(text=block["text"]),
+        "image": lambda block: ImageChunk(image=PAGE),
+        "thinking": lambda block: ThinkChunk(**block),
+    }
+    return [make[block["type"]](block) for block in content] if isinstance(content, list) else content
 
 
 def reference_ids(reference, messages, answer, tools) -> list[int] | None:
     """What mistral-common encodes; None if it refuses."""
-
-    def chunks(content):
-        if not isinstance(content, list):
-            return content
-        return [TextChunk(text=b["text"]) if b["type"] == "text" else ImageChunk(image=PAGE) for b in content]
-
     try:
         messages = [m | {"content": chunks(m["content"])} for m in messages]
         request = ChatCompletionRequest(messages=messages, tools=[Tool(**t) for t in tools] if tools else None)
@@ -77,6 +108,40 @@ def reference_ids(reference, messages, answer, tools) -> list[int] | None:
         return reference.instruct_tokenizer.encode_instruct(request).tokens
     except (MistralCommonException, ValueError, AssertionError):
         return None
+
+
+def learned_by_reference(reference, messages, tools) -> tuple[list[int], list[int]] | None:
+    """Ids and labels of a chat by mistral-common, None if it refuses: of each answer, if its weight is not 0, all."""
+    kinds = {"user": UserMessage, "system": SystemMessage, "tool": ToolMessage, "assistant": FinetuningAssistantMessage}
+    request_class = InstructRequest[FinetuningMessage, Tool]
+    normalizer = type(reference._instruct_request_normalizer)(
+        UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, request_class, None
+    )
+    try:
+        typed = [kinds[m["role"]](**(m | {"content": chunks(m["content"])})) for m in messages]
+        reference._chat_completion_request_validator.validate_messages(typed)
+        request = ChatCompletionRequest[FinetuningMessage](
+            messages=typed, tools=[Tool.from_openai(tool) for tool in tools] if tools else None
+        )
+        request = normalizer.from_chat_completion_request(request)
+        ids = reference.instruct_tokenizer.encode_instruct(request).tokens
+    except (MistralCommonException, ValueError, AssertionError):
+        return None
+    labels, place = [X] * len(ids), 0
+    for message in request.messages:
+        if message.role == "assistant":
+            part = reference.instruct_tokenizer.encode_assistant_message(message, False)
+            place = next(k for k in range(place, len(ids)) if ids[k : k + len(part)] == part)
+            if message.weight != 0:
+                labels[place : place + len(part)] = part
+            place += len(part)
+    return ids, labels
+
+
+def learned(encoder, messages, tools) -> tuple[list[int], list[int]]:
+    """Ids and labels of a chat, the whole way from a row of a data file."""
+    record = Record(Path("a.jsonl"), 1, checked({"messages": messages, "tools": tools}), Path())
+    return encode_record(encoder, record, [GRID] * image_count(messages), with_answer=True)
 
 
 def image_count(messages) -> int:
@@ -105,6 +170,50 @@ def test_ids_and_labels_are_those_of_mistral_common(kind, encoder, reference, nu
     stripped = answer if answer is None or kind == "v1" else answer.rstrip(" ")
     learned = [] if answer is None else [*encoder._text(stripped), 2]
     assert labels == [X] * (len(ids) - len(learned)) + learned
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_are_learned_as_mistral_common_encodes_them(kind, encoder, reference, name):
+    messages, tools = CHATS[name]
+    refused = None
+    if kind == "v1" and tools:
+        refused = "the model's prompt, of version v1, knows no tools"  # mistral-common leaves tools out without a word
+    elif kind == "v1" and image_count(messages):
+        refused = "the model's prompt, of version v1, knows no images"
+    elif kind.startswith("v3") and name == "text and calls":
+        refused = "text and tool calls in one message: the model's prompt, v3, takes one of them"
+    if refused:
+        with pytest.raises(ValueError, match=f"^{refused}$"):
+            learned(encoder, messages, tools)
+        assert name == "bare tools" or learned_by_reference(reference, messages, tools) is None
+        return
+    expected = learned_by_reference(reference, messages, tools)
+    if expected is None:
+        # A model with such a tokenizer has no vision tower: check_images has refused the record.
+        assert image_count(messages) > 0
+        assert "tekken" not in kind
+        return
+    assert learned(encoder, messages, tools) == expected
+
+
+def test_an_answer_without_weight_and_one_of_weight_1_are_joined(encoder):
+    # mistral-common tells them apart, and would write a </s> between them.
+    answers = [assistant("b"), assistant("c", weight=1)]
+    joined = [assistant("b\n\nc")]
+    assert learned(encoder, [user("a"), *answers], None) == learned(encoder, [user("a"), *joined], None)
+
+
+@pytest.mark.parametrize("name", THINKING_CHATS)
+def test_thinking_is_learned_as_mistral_common_encodes_it(kind, encoder, reference, name):
+    messages, tools = THINKING_CHATS[name]
+    expected = learned_by_reference(reference, messages, tools)
+    if kind != "v13-tekken":
+        assert expected is None
+        version = kind.removesuffix("-tekken")
+        with pytest.raises(ValueError, match=rf"^thinking: the model's prompt, of version {version}, has no \[THINK\]"):
+            learned(encoder, messages, None)
+        return
+    assert learned(encoder, messages, tools) == expected
 
 
 def test_most_conversations_are_compared(encoder, reference):
@@ -181,7 +290,9 @@ def test_the_saved_folder_gives_the_ids_with_transformers(kind, folder, encoder,
     if "tekken" not in kind:  # beside a tekken.json, transformers takes mistral-common if that is installed
         tokenizers.append(AutoTokenizer.from_pretrained(tmp_path))
     compared = 0
-    for messages, _, tools in CONVERSATIONS:
+    unsorted = [chat for name, chat in THINKING_CHATS.items() if name != "before text and calls"]
+    without_weights = [([m | {"weight": None} for m in messages], None, tools) for messages, tools in unsorted]
+    for messages, _, tools in [*CONVERSATIONS, *without_weights]:
         images = image_count(messages)
         if any(mark in str([messages, tools]) for mark in ("[I", "</s>", "<pad>", "[TOOL")):
             continue  # a template is text: control tokens in it become real ones, which is why training has an encoder
@@ -197,6 +308,49 @@ def test_the_saved_folder_gives_the_ids_with_transformers(kind, folder, encoder,
             assert ids == [i for i in expected if not images or i != encoder.control.image_end], messages
         compared += 1
     assert compared >= 60 if "tekken" in kind else compared >= 45
+
+
+def test_a_saved_template_refuses_thinking_where_the_encoder_does(kind, folder, tmp_path):
+    save_prompt_files(folder, tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    messages = [system([thinking("a")]), user("b")]
+    if kind == "v13-tekken":
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == (
+            "<s>[SYSTEM_PROMPT][THINK]a[/THINK][/SYSTEM_PROMPT][INST]b[/INST]"
+        )
+        return
+    with pytest.raises(TemplateError, match=rf"thinking: the prompt of version {kind[:2]}.* has no \[THINK\]"):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_thinking_in_the_shape_of_the_api(tmp_path):
+    write_tekken(tmp_path, "v13")
+    encoder = PromptEncoder.from_folder(tmp_path)
+    parts = thinking([text("a\n"), text(""), text("b")], closed=None)
+    ids, labels = learned(encoder, [user("c"), assistant([parts, text("d")])], None)
+    c, d = encoder._text("c"), encoder._text("d")
+    think, think_end = (encoder.tokenizer.token_to_id(name) for name in ("[THINK]", "[/THINK]"))
+    answer = [think, *encoder._text("a\nb"), think_end, *d, 2]
+    assert ids == [1, 3, *c, 4, *answer]
+    assert labels == [X, X, X, X, *answer]
+    assert encoder.decode(answer) == "d"
+    assert encoder.decode_thinking(answer) == "a\nb"
+    assert encoder.thought(answer) == [True] * (len(answer) - 2) + [False, False]
+    # cut off
+    assert encoder.decode(answer[:-3]) == ""
+    assert encoder.decode_thinking(answer[:-3]) == "a\nb"
+    # what is no thinking
+    assert encoder.decode([*d, 2]) == "d"
+    assert encoder.decode_thinking([*d, 2]) == ""
+
+
+def test_a_vocabulary_without_think_has_no_place_for_thinking(tmp_path):
+    write_tekken(tmp_path, "v13")
+    path = tmp_path / "tekken.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("THINK]", "UNUSED]"), encoding="utf-8")
+    encoder = PromptEncoder.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"^thinking: the model's prompt, of version v13, has no \[THINK\]; leave"):
+        encoder.encode([user("a"), assistant([thinking("b")])])
 
 
 def test_a_saved_tokenizer_decodes_as_the_encoder(folder, encoder, tmp_path):

@@ -37,7 +37,7 @@ FAULTS = {
     ),
     "unknown block": (
         '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-        "message 1: block 1: unknown type 'image_url'; expected 'text' or 'image'",
+        "message 1: block 1: unknown type 'image_url'; expected 'text', 'image' or 'thinking'",
     ),
     "image without path": (
         '{"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}',
@@ -46,6 +46,33 @@ FAULTS = {
     "image in a system message": (
         '{"messages": [{"role": "system", "content": [{"type": "image", "image": "a.png"}]}]}',
         "message 1: block 1: an image belongs in a user message, not in one of role 'system'",
+    ),
+    "thinking of the user": (
+        '{"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}]}',
+        "message 1: block 1: thinking belongs in an assistant or system message, not in one of role 'user'",
+    ),
+    "thinking that is nothing": (
+        '{"messages": [{"role": "system", "content": [{"type": "thinking"}]}]}',
+        "message 1: block 1: `thinking` must be a string or a list of text blocks, got nothing",
+    ),
+    "thinking in other blocks": (
+        '{"messages": [{"role": "system", "content": [{"type": "thinking", "thinking": [{"type": "reference"}]}]}]}',
+        "message 1: block 1: the list in `thinking` must hold text blocks and nothing else",
+    ),
+    "thinking half closed": (
+        '{"messages": [{"role": "system", "content": [{"type": "thinking", "thinking": "a", "closed": 0}]}]}',
+        "message 1: block 1: `closed` must be true or false, got the number 0",
+    ),
+    "text behind open thinking": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+        '[{"type": "thinking", "thinking": "b", "closed": false}, {"type": "text", "text": "c"}]}]}',
+        "message 2: thinking that is not `closed` must be the last thing in its message",
+    ),
+    "a call behind open thinking": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+        '[{"type": "thinking", "thinking": "b", "closed": false}], "tool_calls": [{"function": {"name": "f", '
+        '"arguments": {}}}]}]}',
+        "message 2: thinking that is not `closed` must be the last thing in its message",
     ),
     "answer of weight 0": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}',
@@ -105,6 +132,10 @@ FAULTS = {
     "pages from last to first": (
         '{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.pdf#page=4-1"}]}]}',
         "message 1: block 1: `image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not 'a.pdf#page=4-1'",
+    ),
+    "tools in another shape": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "tools": [{"name": "f", "parameters": {}}]}',
+        '`tools` must look like [{"type": "function", "function": {"name": …, "parameters": …}}]',
     ),
     "tools of the wrong type": (
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "tools": "x"}',

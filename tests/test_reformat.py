@@ -29,6 +29,9 @@ def learned(words):
     return {"role": "assistant", "content": words, "weight": 1}
 
 
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+
+
 def turns(*pairs):
     return [{"from": speaker, "value": words} for speaker, words in pairs]
 
@@ -111,6 +114,11 @@ GOOD = {
             ]
         },
         {"messages": [says("user", [text("What?"), image("a.png")])], "expected": "A cat."},
+    ),
+    "openai with thinking": (
+        "openai",
+        {"messages": [says("developer", "S"), says("user", "Q"), says("assistant", [THOUGHT, text("A")])]},
+        {"messages": [says("system", "S"), says("user", "Q"), says("assistant", [THOUGHT, text("A")])]},
     ),
     "prompt and response": (
         "columns",

@@ -564,11 +564,12 @@ def test_wrong_answers_by_kind_and_what_they_confuse(tmp_path, run_cli):
         row(5, "Decree 12") | {"error": "x", "actual": "Decree 12"},
         row(6, "Decree 12") | {"error": None, "actual": "Decree 12"},
         row(7, "Decree 12"),
+        row(8, "Decree 12") | {"actual": "", "thinking": "Hm", "finish_reason": "length"},
     ]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     wrong = json.loads(run_cli("score", path, "--json")[1])["wrong"]
     assert wrong["kinds"] == {
-        "error": 1, "unanswered": 1, "empty": 1, "length": 1, "form": 1, "near": 1, "different": 1,
+        "error": 1, "unanswered": 1, "empty": 1, "length": 2, "form": 1, "near": 1, "different": 1,
     }  # fmt: skip
     assert wrong["characters"]["replaced"] == [
         {"expected": "2", "answered": "7", "count": 1},
@@ -580,7 +581,7 @@ def test_wrong_answers_by_kind_and_what_they_confuse(tmp_path, run_cli):
     assert '\nreplaced characters: "2" → "7" ×1, "D" → "d" ×1\nreplaced words: ' in out
     assert '\nmissing words: "12" ×1\n' in out
     assert "extra words" not in out
-    assert "\n1  cut off at the length limit: raise predict's --max_new_tokens\n" in out
+    assert "\n2  cut off at the length limit: raise predict's --max_new_tokens\n" in out
     assert "wrong answers" not in run_cli("score", write_jsonl(path, rows[6:7]))[1]
 
 

@@ -53,6 +53,15 @@ ROWS = [
     row(5, "Straße") | {"actual": "Strasse", "confidence": {"min": -2, "mean": -1, "sum": -2, "tokens": 2}},
 ]
 HOST = "http://127.0.0.1:8000"
+# As predict writes it.
+THOUGHT = {
+    "messages": [
+        {"role": "system", "content": [{"type": "text", "text": "Think:"}, {"type": "thinking", "thinking": "Draft."},
+                                       {"type": "text", "text": "Answer."}]},
+        {"role": "user", "content": "Title?"},
+    ],
+    "expected": "A", "thinking": "Hm.", "actual": "A", "finish_reason": "stop",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -182,6 +191,15 @@ class TestRecord:
         assert shown["metrics"]["exact"] == 0
         assert shown["fields"] == [["language", "fr"], ["meta", '{"year": 1990}']]
         assert shown["right"] is False
+
+    def test_thinking_stands_apart(self, serve):
+        shown = serve([THOUGHT]).get("/api/row?row=0").json()
+        assert shown["messages"] == [
+            {"role": "system", "blocks": [["text", "Think:"], ["thinking", "Draft."], ["text", "Answer."]]},
+            {"role": "user", "blocks": [["text", "Title?"]]},
+        ]
+        assert (shown["thinking"], shown["actual"], shown["expected"]) == ("Hm.", "A", "A")
+        assert (shown["right"], shown["problem"], shown["fields"]) == (True, None, [["finish_reason", "stop"]])
 
     def test_json_answers_field_by_field(self, serve):
         wanted, got = {"name": "Salt", "price": 4.0, "tax": 1}, {"name": "Salt", "price": 5, "more": 2}
@@ -371,6 +389,21 @@ class TestExport:
         records = read_records([done["path"]], expected_required=True)
         assert [record.expected for record in records] == ["A", "Brawn fox", "C", "D", "E", "Straße"]
         assert set(records[1].data) == {"id", "messages", "expected", "language", "meta"}
+
+    def test_a_row_that_is_not_corrected_keeps_calls_and_thinking(self, serve, tmp_path):
+        answer = {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "A"}],
+        }
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        rows = [
+            {"id": k, "messages": [{"role": "user", "content": "Q"}, last]} for k, last in enumerate([answer, call])
+        ]
+        client = serve([*rows, rows[0] | {"id": 2}])
+        decide(client, 2, expected="B", reviewed=True)
+        client.post("/api/export", json={}, headers={"Origin": HOST})
+        exported = read_rows(tmp_path / "p.corrected.jsonl")
+        assert exported == [*rows, {"id": 2, "messages": rows[0]["messages"][:1], "expected": "B"}]
 
     def test_from_the_command_line(self, tmp_path, run_cli):
         path = write_jsonl(tmp_path / "p.jsonl", ROWS[:2])

@@ -11,7 +11,7 @@ from PIL import Image
 from mistral_ft.predictions import Predictions
 from mistral_ft.reviews import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
-from tests.test_server import OTHER, Server, wait_for, write_status
+from tests.test_server import OTHER, THOUGHT, Server, wait_for, write_status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -316,6 +316,19 @@ def test_compare_and_numbers(start, open_page, folder):
     shown(page, "2")
 
 
+def test_thinking_is_folded_away(start, open_page, folder):
+    write_jsonl(folder / "thought.jsonl", [THOUGHT | {"id": "a", "thinking": "<b>Hm.</b>\nSo A."}])
+    write_jsonl(folder / "o.jsonl", [THOUGHT | {"id": "a", "thinking": "Other."}])
+    page = open_page(start("--compare", folder / "o.jsonl", file="thought.jsonl"))
+    shown(page, "a")
+    assert page.get_by_test_id("actual").inner_text() == "A"
+    folded = page.locator("details.thinking")
+    assert [part.locator(".text").is_visible() for part in folded.all()] == [False, False, False]
+    for part in folded.all():
+        part.locator("summary").click()
+    assert folded.locator(".text").all_inner_texts() == ["<b>Hm.</b>\nSo A.", "Other.", "Draft."]
+
+
 def test_rows_appear_while_the_file_grows(start, open_page, folder):
     page = open_page(start())
     total(page, "6 rows")
@@ -341,8 +354,9 @@ def test_no_field_of_a_record_can_run_a_script(start, open_page, folder):
         {"id": worse, "messages": [{"role": "user", "content": [{"type": "text", "text": worse},
          {"type": "image", "image": worse}]}], "expected": worse, "actual": worse + "x",
          "confidence": {"min": -1, "mean": worse, "tokens": worse, "fields": {worse: {"min": -1}}},
-         "finish_reason": worse, **fields},
-        {"id": {"a": evil}, "messages": [{"role": worse, "content": worse, "tool_calls": [evil]}], "error": worse,
+         "finish_reason": worse, "thinking": worse, **fields},
+        {"id": {"a": evil}, "messages": [{"role": worse, "content": worse, "tool_calls": [evil]},
+         {"role": "assistant", "content": [{"type": "thinking", "thinking": evil}]}], "error": worse,
          "expected": json.dumps({worse: worse}), "tools": [evil], **fields},
         {"messages": evil, "expected": [evil], "actual": evil},
     ]  # fmt: skip

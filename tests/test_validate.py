@@ -87,6 +87,7 @@ def folder(tmp_path_factory):
 MESSAGE = "`messages` must be a list of at least one message, got "
 CONTENT = "message 1: `content` must be a string or a list of blocks, got "
 BLOCK = "message 1: block 1: "
+TYPES = "; expected 'text', 'image' or 'thinking'"
 PAGES = "`image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not "
 CALLS = "message 2: `tool_calls` must look like "
 SURROGATE = "holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text"
@@ -152,9 +153,9 @@ FAULTS = {
     "content a number": (record({"role": "user", "content": 5}), CONTENT + "the number 5"),
     "content an object": (record({"role": "user", "content": {}}), CONTENT + "an object"),
     "block a string": (blocks("Hi"), BLOCK + "expected an object with `type`, got a string"),
-    "block without a type": (blocks({"text": "a"}), BLOCK + "unknown type None; expected 'text' or 'image'"),
-    "OpenAI's image": (blocks({"type": "image_url"}), BLOCK + "unknown type 'image_url'; expected 'text' or 'image'"),
-    "type a list": (blocks({"type": []}), BLOCK + "unknown type []; expected 'text' or 'image'"),
+    "block without a type": (blocks({"text": "a"}), f"{BLOCK}unknown type None{TYPES}"),
+    "OpenAI's image": (blocks({"type": "image_url"}), f"{BLOCK}unknown type 'image_url'{TYPES}"),
+    "type a list": (blocks({"type": []}), f"{BLOCK}unknown type []{TYPES}"),
     "text missing": (blocks({"type": "text"}), BLOCK + "`text` must be a string, got nothing"),
     "text a number": (blocks({"type": "text", "text": 3}), BLOCK + "`text` must be a string, got the number 3"),
     "image missing": (blocks({"type": "image"}), BLOCK + "`image` must be the path of an image file, got nothing"),

@@ -45,6 +45,11 @@ function answerBox(title, text, diff, side, extra = {}) {
   );
 }
 
+/** What was thought before an answer, folded away; nothing if there is none. */
+function thought(text) {
+  return text && h("details", { class: "thinking" }, h("summary", {}, "Thinking"), h("div", { class: "text" }, text));
+}
+
 function badge(kind, text) {
   return h("span", { class: `badge ${kind}` }, text);
 }
@@ -90,6 +95,7 @@ export function showRecord(record, by) {
       }),
     );
   }
+  answers.push(thought(record.thinking));
   if (record.other) {
     const other = record.other;
     const note = other.right === null ? "" : other.right ? " right" : " wrong";
@@ -100,6 +106,7 @@ export function showRecord(record, by) {
         none: other.error ?? "no answer",
         note: note + (other.expects_otherwise ? ", its expected answer differs" : ""),
       }),
+      thought(other.thinking),
     );
   }
   if (edited) {
@@ -176,9 +183,10 @@ function message(data) {
     "div",
     { class: `message ${data.role}` },
     h("span", { class: "role" }, data.role),
-    data.blocks.map(([kind, text]) =>
-      kind === "image" ? h("div", { class: "image-name" }, "▣ ", text) : h("div", { class: "text" }, text ?? ""),
-    ),
+    data.blocks.map(([kind, text]) => {
+      if (kind === "image") return h("div", { class: "image-name" }, "▣ ", text);
+      return kind === "thinking" ? thought(text) : h("div", { class: "text" }, text ?? "");
+    }),
   );
 }
 
