@@ -58,6 +58,16 @@ def pages(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_pages(tmp_path_factory) -> Path:
+    """A file of five records: three about a page, two without."""
+    folder = tmp_path_factory.mktemp("pages")
+    for number in range(3):
+        make_page(folder / f"{number}.png", number + 1)
+    rows = [row(number, f"Decree {number}", [f"{number}.png"] if number < 3 else None) for number in range(5)]
+    return write_jsonl(folder / "data.jsonl", rows)
+
+
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
     """Call a step in this process: run_cli("score", "file.jsonl") -> (exit code, stdout, stderr)."""
