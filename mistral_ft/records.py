@@ -251,6 +251,11 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
         raise ValueError(f"a system message cannot follow a message of role {previous['role']!r}")
     if role == "tool" and (previous is None or previous["role"] not in ("assistant", "tool")):
         raise ValueError("a tool message must follow the assistant's tool call")
+    before = previous.get("content") if previous is not None and role == previous["role"] == "assistant" else None
+    if isinstance(before, list) and before and _is_open(before[-1]):  # the two are joined
+        raise ValueError(
+            "follows thinking that is not `closed`, which must be the last thing that the assistant writes"
+        )
 
     if isinstance(content, list):
         for number, block in enumerate(content, 1):
@@ -272,7 +277,7 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
     if isinstance(content, list):
         behind = [*content[1:], *(message.get("tool_calls") or [])]
         # Nobody could tell where it ends.
-        if any(block.get("closed") is False for block, _ in zip(content, behind, strict=False)):
+        if any(_is_open(block) for block, _ in zip(content, behind, strict=False)):
             raise ValueError("thinking that is not `closed` must be the last thing in its message")
     if not isinstance(message.get("tool_call_id", ""), str):
         raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
@@ -305,6 +310,10 @@ def _check_thinking(thinking: Any, closed: Any) -> None:
         raise ValueError(f"`thinking` must be a string or a list of text blocks, got {kind_of(thinking)}")
     if not isinstance(closed, bool | None):
         raise ValueError(f"`closed` must be true or false, got {kind_of(closed)}")
+
+
+def _is_open(block: dict[str, Any]) -> bool:
+    return block["type"] == "thinking" and block.get("closed") is False
 
 
 def _check_block(block: Any, role: str) -> None:

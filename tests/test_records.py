@@ -74,6 +74,11 @@ FAULTS = {
         '"arguments": {}}}]}]}',
         "message 2: thinking that is not `closed` must be the last thing in its message",
     ),
+    "an answer behind open thinking": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+        '[{"type": "thinking", "thinking": "b", "closed": false}]}, {"role": "assistant", "content": "c"}]}',
+        "message 3: follows thinking that is not `closed`, which must be the last thing that the assistant writes",
+    ),
     "answer of weight 0": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}',
         "every message of the assistant has `weight` 0, so there is nothing to learn",
