@@ -15,6 +15,7 @@ RECENT_SECONDS = 3600  # that an ended run is shown
 MOST_READ, MOST_SHOWN = 100, 4  # runs, those with the newest files first
 MOST_BYTES = {STATUS_FILE: 64 << 10, PLOT_FILE: 16 << 20}
 LONGEST_ERROR = 300  # characters
+LARGEST_NUMBER = 1e15  # JavaScript has larger ones in part, and nothing that is counted gets there
 
 
 def recent_runs(folder: Path) -> list[dict[str, Any]]:
@@ -87,5 +88,5 @@ def _describe(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
     return value if good else None
