@@ -75,8 +75,8 @@ class ModelFolders:
 
         Args:
             four_bit: whether to keep the weights in 4 bits.
-            base_dtype: "fp8" keeps them in FP8, "bf16" does not. Where both are None, the weights are those that the
-                adapter was trained on.
+            base_dtype: "fp8" keeps them in FP8, "bf16" does neither. Where nothing is said against it, the weights are
+                those that the adapter was trained on.
 
         Raises:
             UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
@@ -102,9 +102,10 @@ class ModelFolders:
             raise UserError(f"{flag}: {folder} holds 4-bit weights only; name the bf16 model they are from")
         if is_copy or four_bit:
             return cls(base, folder, adapter, FOUR_BITS)
-        if four_bit is None and base_dtype is None:
-            return cls(base, folder, adapter, adapter and adapter.rounding)
-        return cls(base, folder, adapter, FP8 if base_dtype == "fp8" else None)
+        if base_dtype is not None:
+            return cls(base, folder, adapter, FP8 if base_dtype == "fp8" else None)
+        trained = adapter and adapter.rounding
+        return cls(base, folder, adapter, None if four_bit is False and trained == FOUR_BITS else trained)
 
     def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
         """The encoder and the image fitter: the run's own where there is an adapter, else the model's.

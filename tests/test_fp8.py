@@ -9,6 +9,7 @@ from torch import nn
 from mistral_ft.arguments import FP8, LoraArguments
 from mistral_ft.errors import UserError
 from mistral_ft.fp8 import E4M3, FP8Linear, round_layers, round_rows
+from mistral_ft.generation import ModelFolders
 from mistral_ft.layers import LayerRunner, LoraLinear, Seeds
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import check_rounding, load_base
@@ -161,6 +162,8 @@ def test_predict_runs_the_adapter_on_the_rounded_base(few_pages, train_tiny, run
         with torch.no_grad():
             best[rounding] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
     assert last["confidence"]["sum"] == pytest.approx(best[FP8], abs=1e-3)
+    # That it is not to be in 4 bits does not make it bf16.
+    assert ModelFolders.find(str(run), four_bit=False).rounding == FP8
     assert abs(best[FP8] - best[None]) > 2e-3
 
 
