@@ -107,7 +107,6 @@ def main() -> None:
 
     check_optimizer(args)
     check_trackers(args)
-    start = find_start(lora_args, model_args.model_id)
     settings = {"data": data_args, "model": model_args, "lora": lora_args, "speed": speed_args, "training": args}
     settings |= {"evaluation": eval_args, "checkpoints": checkpoint_args}
     resumed = None
@@ -117,6 +116,7 @@ def main() -> None:
     elif args.resume_from_checkpoint is not None:
         named = locate(args.resume_from_checkpoint, args.output_dir)
         resumed = from_first(lambda: Run.resume(named, settings))
+    start = None if resumed else find_start(lora_args, model_args.model_id)  # a checkpoint has the adapter as it is now
     from_first(lambda: Path(args.output_dir).mkdir(parents=True, exist_ok=True))
 
     # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.

@@ -82,11 +82,14 @@ def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
     """
     if args.init_adapter is None:
         return None
-    folder = locate(args.init_adapter)
-    adapter = Adapter(folder)
-    run = read_run(find_run_folder(folder))
-    then, now = run["settings"]["lora"], changed_fields(args)
-    differing = {"model_id": run["base_model"]} if full_name(run["base_model"]) != full_name(model_id) else {}
+    adapter, now = Adapter(locate(args.init_adapter)), changed_fields(args)
+    try:
+        base, then = adapter.run["base_model"], adapter.run["settings"]["lora"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"--init_adapter {args.init_adapter}: there is no {RUN_FILE} of train's, which says what flags it needs"
+        ) from None
+    differing = {"model_id": base} if full_name(base) != full_name(model_id) else {}
     for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):
         if then.get(name) != now.get(name):
             differing[name] = then.get(name, getattr(LoraArguments(), name))

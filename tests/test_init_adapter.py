@@ -1,6 +1,7 @@
 """Going on from the adapter of a finished run, on new or corrected data."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -55,6 +56,7 @@ def test_a_stopped_run_goes_on_from_its_own_checkpoint(run, pages, train_tiny):
         "--save_steps", 2,
     )  # fmt: skip
     whole = train_tiny(*common)
+    shutil.rmtree(run[0])  # is not needed any more
     again = train_tiny(*common, "--resume_from_checkpoint", whole / "checkpoint-2")
     assert again == whole
     assert losses(again)[2:] == losses(whole)[2:]
@@ -74,6 +76,17 @@ def test_an_adapter_of_another_shape_is_refused(run, pages, run_cli, flags, reas
     )
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith(f"error: --init_adapter {run[0]}: {reason}")
+
+
+@pytest.mark.parametrize("written", [None, {}, {"base_model": "b", "settings": []}])
+def test_an_adapter_without_its_run_is_refused(run, pages, run_cli, tmp_path, written):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run[0] / name, tmp_path)
+    if written is not None:
+        (tmp_path / "run.json").write_text(json.dumps(written))
+    code, _, err = run_cli("train", "--dataset", pages / "train.jsonl", "--model_id", TINY, "--init_adapter", tmp_path)
+    assert code == 2
+    assert err == f"error: --init_adapter {tmp_path}: there is no run.json of train's, which says what flags it needs\n"
 
 
 def test_what_is_no_run_is_refused(pages, run_cli, tmp_path):
