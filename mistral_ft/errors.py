@@ -71,6 +71,9 @@ def run_step(main: Callable[[], int | None]) -> None:
     # What a scheduler sends is cleaned up after like Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
+    for name in ("stdout", "stderr"):  # None if the caller has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
     sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
     try:
         code = main() or 0

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tests.conftest import ROOT, TINY, read_rows, write_jsonl
+from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 STEPS = ["train", "predict", "score", "merge_lora_weights", "server", "validate_data", "reformat_data", "train_status"]
 
@@ -254,6 +254,15 @@ def test_a_runs_name_is_enough(pages, train_tiny, run_cli, tmp_path, monkeypatch
     assert code == 2
     assert err.startswith(f"error: {run.name}: holds no complete checkpoint to resume from")
     assert run_cli("train_status", "no-such-run")[0] == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_closed_outputs_are_no_matter(tmp_path, closed):
+    write_jsonl(tmp_path / "p.jsonl", [row(0, "A") | {"actual": "A"}])
+    command = f'"{sys.executable}" -m score "{tmp_path}/p.jsonl" {closed}'
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("" if closed == ">&-" else "Accuracy = 1/1")
 
 
 def test_a_line_is_seen_when_it_is_printed():
