@@ -111,13 +111,19 @@ def card_scores(path: str | os.PathLike) -> dict[str, str]:
 def _training(adapter: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     if data := run.get("data"):
-        rows |= {f"data: {Path(file['path']).name}": f"SHA-256 `{file['sha256']}`" for file in data["files"]}
+        for file in data["files"]:
+            name = f"data: {Path(file['path']).name}"  # two in different folders may have one
+            rows[name] = ", ".join(filter(None, [rows.get(name), f"SHA-256 `{file['sha256']}`"]))
         rows["records"] = f"{data['rows']:,}"
     kind = "DoRA" if adapter.get("use_dora") else "rank-stabilised LoRA" if adapter.get("use_rslora") else "LoRA"
     rows["adapter"] = f"{kind}, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
     settings = run.get("settings", {})
     if rounding := rounding_of(settings.get("model", {})):
         rows["base while training"] = f"text layers rounded to {rounding}" + " (QLoRA, NF4)" * (rounding == FOUR_BITS)
+    if init_adapter := settings.get("lora", {}).get("init_adapter"):
+        start = Path(init_adapter)  # no folder of the user's is named
+        run_name = f"{start.parent.name}/" if start.name.startswith("checkpoint-") else ""
+        rows["adapter that it began with"] = run_name + start.name
     given = {**settings.get("lora", {}), **settings.get("training", {})}
     rows |= {name: given[name] for name in SHOWN_SETTINGS if name in given}
     if "versions" in run:

@@ -23,9 +23,12 @@ TOKEN = "hf_secretsecret"
 
 def test_the_card_of_a_merged_model(tmp_path):
     run = {
-        "data": {"files": [{"path": "/home/me/invoices.jsonl", "sha256": "0123abc"}], "rows": 4500},
+        "data": {
+            "files": [{"path": f"/home/me/{n}/invoices.jsonl", "sha256": f"{n}123abc"} for n in (0, 1)],
+            "rows": 4500,
+        },
         "settings": {
-            "lora": {"lora_rank": 8},
+            "lora": {"lora_rank": 8, "init_adapter": "/home/me/output/sunny-owl-12/checkpoint-4"},
             "training": {"learning_rate": 1e-4, "num_train_epochs": 3, "output_dir": "/home/me/output"},
         },
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
@@ -55,9 +58,10 @@ tags:
 
 | | |
 |---|---|
-| data: invoices.jsonl | SHA-256 `0123abc` |
+| data: invoices.jsonl | SHA-256 `0123abc`, SHA-256 `1123abc` |
 | records | 4,500 |
 | adapter | DoRA, rank 8, alpha 16 |
+| adapter that it began with | sunny-owl-12/checkpoint-4 |
 | learning_rate | 0.0001 |
 | num_train_epochs | 3 |
 | packages | python 3.11.7, torch 2.13.0 |
