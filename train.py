@@ -193,12 +193,13 @@ def main() -> None:
         if not trainer.state.global_step:
             raise UserError("no step was trained: there are fewer records than a batch, with --dataloader_drop_last")
 
-        # 8. The adapter, whole or not at all.
-        trainer.choose_adapter()
-        status.update("saving")
-        from_first(lambda: run.save_adapter(model))
-        trainer.save_state()
-        trainer.clear_up()
+        # 8. The adapter, whole or not at all; a first signal is noted, and lets it be saved.
+        with trainer.stop:
+            trainer.choose_adapter()
+            status.update("saving")
+            from_first(lambda: run.save_adapter(model))
+            trainer.save_state()
+            trainer.clear_up()
     print_peak_memory(device)
     print(f"Adapter saved in {run.folder}")
     finish()

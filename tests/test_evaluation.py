@@ -18,6 +18,7 @@ from mistral_ft.images import ImageFitter
 from mistral_ft.metrics import edit_counts
 from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
+from mistral_ft.run_folder import Run
 from mistral_ft.run_log import METRICS_FILE
 from mistral_ft.training import FinetuneTrainer
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
@@ -200,6 +201,19 @@ def test_a_signal_before_the_first_step_leaves_nothing(pages, run_cli, monkeypat
     assert code == 130
     assert err.endswith("error: stopped before a step\n")
     assert not any(output.iterdir())
+
+
+def test_a_signal_while_the_adapter_is_saved_costs_nothing(pages, train_tiny, monkeypatch):
+    save = Run.save_adapter
+
+    def signalled(self, model):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(self, model)
+
+    monkeypatch.setattr(Run, "save_adapter", signalled)
+    run = train_tiny(pages / "train.jsonl", "--max_steps", 1, "--save_strategy", "no")
+    assert (run / "adapter_config.json").is_file()
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_when_the_run_goes_on(pages, train_tiny, losses, tmp_path):
