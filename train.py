@@ -79,6 +79,7 @@ def main() -> None:
     from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
+    from mistral_ft.checkpoints import step_of
     from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder
@@ -97,8 +98,9 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
+    from mistral_ft.trackers import check_trackers, tracking
     from mistral_ft.training import FinetuneTrainer
-    from mistral_ft.training_arguments import check_optimizer, check_trackers
+    from mistral_ft.training_arguments import check_optimizer
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
@@ -147,7 +149,8 @@ def main() -> None:
     print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
     status = Status(run.folder)
-    with run.cleaned_up_if_useless(), status.ended():
+    step = step_of(run.checkpoint) if run.checkpoint else 0
+    with run.cleaned_up_if_useless(), status.ended(), tracking(args, settings, run.folder, step) as trackers:
         # 5. The base, frozen, and the adapter.
         status.update("preparing")
         set_seed(args.seed)
@@ -163,6 +166,7 @@ def main() -> None:
         trainer = FinetuneTrainer(
             model=model,
             args=args,
+            callbacks=trackers,
             status=status,
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
             b_rate_ratio=lora_args.loraplus_lr_ratio or 1,
