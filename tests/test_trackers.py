@@ -132,9 +132,9 @@ def test_mlflow_knows_how_the_run_ended(pages, run_cli, tmp_path, monkeypatch, r
 def test_wandb_keeps_a_run_in_its_folder(pages, train_tiny, monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)  # an earlier run in this process may have set it
     monkeypatch.chdir(tmp_path)
     run = train_tiny(pages / "train.jsonl", "--report_to", "wandb", *STEPS, pages / "train.jsonl")
-    monkeypatch.delenv("WANDB_DIR")  # train sets it
     (record,) = run.glob("wandb/offline-run-*/*.wandb")
     data = record.read_bytes()
     assert all(word in data for word in (run.name.encode(), b"lora_rank", b"train/loss", b"eval/exact_match"))
