@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import check_new_folder
+from mistral_ft.hub import locate
 
 
 def parse_arguments():
@@ -45,8 +46,8 @@ def main() -> None:
     # 1. Arguments, and whatever can be refused before the long part.
     args = parse_arguments()
     check_new_folder(args.output_dir)
-    folders = [folder for folder in (Path(args.name), Path("output") / args.name) if folder.is_dir()]
-    if not folders:
+    folder = Path(locate(args.name))
+    if not folder.is_dir():
         raise UserError(f"{args.name}: no such adapter folder, and none in output/")
     if args.push_to_hub:
         from mistral_ft.upload import check_upload, upload
@@ -73,7 +74,7 @@ def main() -> None:
     records = read_records([args.compare_on], args.images_dir)[: args.limit or 16] if args.compare_on else []
 
     # 2. The adapter, the base, and which tensor of the base each of its updates belongs to.
-    adapter = Adapter(next((folder for folder in folders if Adapter.is_one(folder)), folders[0]))
+    adapter = Adapter(folder)
     base = find_base(adapter, args.base_model)
     base_model = args.base_model or adapter.base_model
     if note := base_note(adapter, base_model):

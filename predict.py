@@ -30,6 +30,7 @@ from mistral_ft.distributed import (
     world_size,
 )
 from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.hub import locate
 from mistral_ft.pages import limit_pixels
 from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 
@@ -37,7 +38,7 @@ from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 def parse_arguments():
     parser = ArgumentParser(prog="python -m predict", description=__doc__.split("\n\n")[0])
     parser.add_argument("dataset", help="JSONL file of records")
-    parser.add_argument("model", help="adapter folder (output/<name>), merged model folder, or hub id")
+    parser.add_argument("model", help="run in output/, folder of an adapter or a merged model, or hub id")
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
@@ -102,6 +103,7 @@ def default_name(model: str) -> str:
 def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
+    args.model = locate(args.model)
     silence_others()
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]

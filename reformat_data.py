@@ -26,7 +26,7 @@ from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import check_record, image_blocks
 from mistral_ft.references import resolve
-from mistral_ft.rows import count_rows, data_files, read_objects
+from mistral_ft.rows import RowSource, data_files, read_objects
 from mistral_ft.splitting import Splitter
 
 FIRST_ROWS = 100  # that the format is told by
@@ -178,8 +178,9 @@ class Rows:
         self.unreadable: list[RecordError] = []
         self.count = self.unwanted = 0
         self._where = where
-        self.total = count_rows(path)
-        self._rows = read_objects(path, images_dir, self.unreadable)
+        source = RowSource(path, images_dir)
+        self.total = source.count()
+        self._rows = read_objects(source, self.unreadable)
 
     @property
     def seen(self) -> int:
@@ -254,7 +255,7 @@ def main() -> None:
         progress = Progress("converting", rows.total, "row")
         files.callback(progress.close)
         for line, row in itertools.chain(first, wanted):
-            progress.update(rows.seen - progress.done)
+            progress.update(line - progress.done)
             if args.format == "auto":
                 check_format(args.input, line, possible_formats(row, args.columns), form)
             images_before = embedded.count

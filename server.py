@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.hub import locate
 
 
 def parse_arguments():
@@ -26,7 +27,7 @@ def parse_arguments():
     )
     parser.add_argument("--compare", metavar="OTHER", help="another predictions file of the same records")
     parser.add_argument(
-        "--model", help="model or run folder, for the token view (default: output/<name>, if it is there)"
+        "--model", help="a run's name, or a model's folder, for the token view (default: output/<name>, if it is there)"
     )
     parser.add_argument(
         "--runs_dir", help="folder of training runs whose progress is shown (default: output, if it is there)"
@@ -118,7 +119,7 @@ def main() -> None:
     listening = listen(args.host, args.port)
     port = listening.getsockname()[1]
     log = ReviewLog(path)
-    tokens = TokenView(args.model or find_run(path))
+    tokens = TokenView(locate(args.model) if args.model else find_run(path))
     app = ReviewApp(Desk(path, log, other), images_dir, tokens, runs_dir if runs_dir.is_dir() else None)
 
     # 5. Serve until Ctrl-C.

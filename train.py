@@ -5,8 +5,9 @@
 Writes a new folder output/<two-words-hex>/ with the adapter (plain peft loads it), the tokenizer and processor files,
 run.json (the settings, the data's hash and the package versions), config.yaml (--config with it repeats the run),
 metrics.jsonl, loss.svg and status.json, which python -m train_status reads. Every record is read and every page opened
-before the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint output/<name> continues
-a run, auto the newest one with the same settings. On Ctrl-C, SIGTERM or SIGUSR1 it saves after the step and ends.
+before the weights are loaded; what is wrong is said by file and line. --resume_from_checkpoint <name> continues a run
+of --output_dir, auto the newest one with the same settings. On Ctrl-C, SIGTERM or SIGUSR1 it saves after the step and
+ends.
 
     torchrun --nproc_per_node 2 -m train …      (or accelerate launch --config_file configs/ddp.yaml -m train …)
 
@@ -82,7 +83,7 @@ def main() -> None:
     from mistral_ft.checkpoints import step_of
     from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.evaluation import Evaluator, divide, hold_out
-    from mistral_ft.hub import find_model_folder
+    from mistral_ft.hub import find_model_folder, locate
     from mistral_ft.images import ImageFitter
     from mistral_ft.lora import add_adapter, find_start
     from mistral_ft.model import (
@@ -116,7 +117,8 @@ def main() -> None:
         resumed = from_first(lambda: Run.resume_newest(args.output_dir, settings))
         print(f"Continuing from {resumed.checkpoint}" if resumed else "Nothing to continue from: a new run")
     elif args.resume_from_checkpoint is not None:
-        resumed = from_first(lambda: Run.resume(args.resume_from_checkpoint, settings))
+        named = locate(args.resume_from_checkpoint, args.output_dir)
+        resumed = from_first(lambda: Run.resume(named, settings))
     from_first(lambda: Path(args.output_dir).mkdir(parents=True, exist_ok=True))
 
     # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.
@@ -146,13 +148,14 @@ def main() -> None:
     if not run.folder.is_dir():
         raise UserError(f"{run.folder}: not to be seen by process {rank()}; --output_dir must be on a shared disk")
     args.output_dir, args.run_name = str(run.folder), args.run_name or run.folder.name
-    print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
     status = Status(run.folder)
     step = step_of(run.checkpoint) if run.checkpoint else 0
     with run.cleaned_up_if_useless(), status.ended(), tracking(args, settings, run.folder, step) as trackers:
-        # 5. The base, frozen, and the adapter.
         status.update("preparing")
+        print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
+
+        # 5. The base, frozen, and the adapter.
         set_seed(args.seed)
         model = load_base(find_model_folder(model_args.model_id), device, speed_args.shard_base, model_args.rounding)
         model = add_adapter(model, lora_args, model_args.model_id, start)

@@ -1,9 +1,10 @@
 """Say what a training run is doing, or how it ended.
 
-    python -m train_status output/<name>
+    python -m train_status <name>
 
-Prints one line; with --json what status.json holds, its state `dead` if the run's process is no more. The exit code is
-0 while it runs and when it is done, 1 if it failed, was stopped, or is dead. With --wait it returns when the run ends.
+<name> is a run in output/, or a path. Prints one line; with --json what status.json holds, its state `dead` if the
+run's process is no more. The exit code is 0 while it runs and when it is done, 1 if it failed, was stopped, or is dead,
+2 if there is no such run: train leaves none that failed without a checkpoint. With --wait it returns when the run ends.
 """
 
 import json
@@ -12,12 +13,13 @@ import time
 from tqdm import tqdm
 
 from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.hub import locate
 from mistral_ft.status import RUNNING, read_status
 
 
 def parse_arguments():
     parser = ArgumentParser(prog="python -m train_status", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", help="run folder, such as output/<name>")
+    parser.add_argument("run", help="a run in output/, or the path of its folder")
     parser.add_argument("--json", action="store_true", help="print the status as JSON")
     parser.add_argument("--wait", action="store_true", help="wait until the run has ended")
     return parser.parse_args()
@@ -40,10 +42,11 @@ def describe(status: dict) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    status = read_status(args.run)
+    folder = locate(args.run)
+    status = read_status(folder)
     while args.wait and status["state"] in RUNNING:
         time.sleep(1)
-        status = read_status(args.run)
+        status = read_status(folder)
     print(json.dumps(status) if args.json else describe(status))
     return 0 if status["state"] in (*RUNNING, "done") else 1
 

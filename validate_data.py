@@ -61,7 +61,7 @@ def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
     from mistral_ft.estimate import describe_training, is_measured
-    from mistral_ft.hub import find_prompt_folders
+    from mistral_ft.hub import find_prompt_folders, locate
     from mistral_ft.images import ImageFitter
     from mistral_ft.pages import limit_pixels
     from mistral_ft.progress import Progress
@@ -79,7 +79,7 @@ def main() -> int | None:
     # 2. The model's tokenizer and page settings.
     folders = encoder = fitter = None
     if args.model_id:
-        folders = find_prompt_folders(args.model_id)
+        folders = find_prompt_folders(locate(args.model_id))
         encoder, fitter = PromptEncoder.from_folder(folders[0]), ImageFitter.from_folder(folders[1])
 
     # 3. Row by row, on all cores.

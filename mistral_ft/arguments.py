@@ -264,7 +264,8 @@ class LoraArguments:
     """How to adapt it."""
 
     init_adapter: str | None = _field(
-        None, "Go on from this run's adapter instead of a new one, such as output/<name>, on new or corrected data."
+        None,
+        "Go on from the adapter of this run in output/, or path, instead of a new one, on new or corrected data.",
     )
     lora_rank: int = _field(16, "Rank of the adapter matrices.")
     lora_alpha: int = _field(32, "The adapter's output is scaled by lora_alpha / lora_rank.")

@@ -71,6 +71,7 @@ def run_step(main: Callable[[], int | None]) -> None:
     # What a scheduler sends is cleaned up after like Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
+    sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -45,6 +45,8 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(a, a_scale, b, b_scale, dtype: torch.dtype) -> torch.Tensor:
+    if not a.is_cuda:  # torch 2.11 has the product there with one scale for all rows only
+        return (a.float() * a_scale @ (b.float() * b_scale)).to(dtype)
     # torch.nn.functional.scaled_mm is the same, but torch 2.11 does not compile it.
     return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=True)
 

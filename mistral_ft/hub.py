@@ -13,8 +13,25 @@ MODEL_ID = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_FILES = ("model*.safetensors",)
 
+MODEL_FILES = ("adapter_config.json", "config.json", "run.json")  # a folder with one is an adapter, a model, a run
 HUB_ID = r"[\w.-]+/[\w.-]+"
 LICENSES = {MODEL_ID: "apache-2.0"}  # as its card on the hub says
+
+
+def locate(name: str, runs: str = "output") -> str:
+    """What a model, adapter or run is given as, with a run's name alone made output/<name>.
+
+    A folder of that name here comes first, unless it is none of these and the run is.
+
+    Args:
+        runs: the folder of the runs.
+
+    Returns:
+        The folder that is there; else the name as it is, which may be a hub id.
+    """
+    folders = [folder for folder in (Path(name), Path(runs) / name) if folder.is_dir()]
+    known = [folder for folder in folders if any((folder / file).is_file() for file in MODEL_FILES)]
+    return str(next(iter(known + folders), name))
 
 
 def find_model_folder(model_id: str, weights: bool = True) -> Path:

@@ -17,7 +17,7 @@ from torch import nn
 from mistral_ft.arguments import LoraArguments, changed_fields, rounding_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
-from mistral_ft.hub import find_model_folder
+from mistral_ft.hub import find_model_folder, locate
 from mistral_ft.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_run_folder, full_name, read_run
 
 TEXT_LAYERS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -82,8 +82,9 @@ def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
     """
     if args.init_adapter is None:
         return None
-    adapter = Adapter(args.init_adapter)
-    run = read_run(find_run_folder(args.init_adapter))
+    folder = locate(args.init_adapter)
+    adapter = Adapter(folder)
+    run = read_run(find_run_folder(folder))
     then, now = run["settings"]["lora"], changed_fields(args)
     differing = {"model_id": run["base_model"]} if full_name(run["base_model"]) != full_name(model_id) else {}
     for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):

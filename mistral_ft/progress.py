@@ -42,11 +42,12 @@ class Progress:
 
     def update(self, count: int = 1, text: str = "") -> None:
         """Count more of it as done; `text` is shown beside it."""
+        ends = self.done < self.total <= self.done + count
         self.done += count
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(count)
         now = time.perf_counter()
-        if rank() == 0 and self.bar.disable and self._line_is_due(now):
+        if rank() == 0 and self.bar.disable and (now - self.printed >= self.seconds or (ends and not self.passing)):
             parts = [f"{self.unit} {self.done}/{self.total}", text]
             rate = (self.done - self.before) / (now - self.started)
             # The first line comes at once, when what was started tells nothing about the pace.
@@ -55,9 +56,6 @@ class Progress:
                 parts += [f"{rate:.3g} {self.unit}s/s", f"{left} left"]
             self.printed = now
             print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
-
-    def _line_is_due(self, now: float) -> bool:
-        return now - self.printed >= self.seconds or (self.done >= self.total and not self.passing)
 
     @staticmethod
     def print(text: str) -> None:

@@ -25,7 +25,7 @@ from mistral_ft.conversation import answer_start, answer_text, merge_messages, t
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.formats import DIRECT, as_record, possible_formats
 from mistral_ft.references import check_reference, expand_pages, resolve
-from mistral_ft.rows import is_table, kind_of, read_objects
+from mistral_ft.rows import RowSource, is_table, kind_of, read_objects
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -123,7 +123,7 @@ def read_records(
     """Read and check the records of one or more sources.
 
     Args:
-        paths: JSONL files and whatever else `rows.read_rows` reads, in this order.
+        paths: JSONL files and whatever else `rows.RowSource` reads, in this order.
         images_dir: folder of the images; by default each file's own.
         expected_required: refuse records without `expected`, as training and scoring need it.
 
@@ -136,7 +136,7 @@ def read_records(
     for path in map(Path, paths):
         folder = find_images_dir(path, images_dir)
         before = len(records) + len(errors)
-        for line, data in read_objects(path, folder, errors):
+        for line, data in read_objects(RowSource(path, folder), errors):
             try:
                 data = as_record(data)
                 check_record(data, expected_required)

@@ -12,7 +12,7 @@ from mistral_ft.predictions import PREDICTED
 from mistral_ft.records import Record, check_record, checked
 from mistral_ft.review_index import key_of
 from mistral_ft.reviews import Review, log_path, read_log
-from mistral_ft.rows import read_objects
+from mistral_ft.rows import RowSource, read_objects
 
 
 @dataclass
@@ -52,7 +52,7 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
     errors: list[RecordError] = []
     done = Exported(target)
     with atomic_write(target) as file:
-        for line, data in read_objects(partial if unfinished else source, source.parent, errors):
+        for line, data in read_objects(RowSource(partial if unfinished else source, source.parent), errors):
             row = data.get("row") if unfinished else data
             if not isinstance(row, dict):
                 continue

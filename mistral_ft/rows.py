@@ -34,41 +34,51 @@ def is_table(path: str | os.PathLike) -> bool:
     return path.suffix not in FILE_SUFFIXES and re.fullmatch(rf"{HUB_ID}(:[\w.-]+)?", str(path)) is not None
 
 
-def read_rows(path: str | os.PathLike, images_dir: Path) -> Iterator[tuple[int, bytes]]:
-    """(Number from 1, JSON) of every row of a source; nothing is parsed but what must be, to tell rows apart.
+class RowSource:
+    """The rows of a source, to be counted and then read: a JSON array is loaded once for both.
+
+    Iterated over, it gives (number from 1, JSON) of every row; nothing is parsed but what must be, to tell rows apart.
 
     Args:
         images_dir: the folder that references to images within a table are relative to.
 
     Raises:
-        UserError: if the source cannot be read.
+        UserError: when it is counted or read, if the source cannot be read.
     """
-    if is_table(path):
-        from mistral_ft.tables import read_table  # imports datasets, which takes a second
 
-        yield from read_table(str(path), images_dir)
-        return
-    with open_file(path) as file:
-        if _is_array(file):
-            yield from enumerate(map(_to_json, _load_array(Path(path))), 1)
-        else:
-            yield from enumerate(file, 1)
+    def __init__(self, path: str | os.PathLike, images_dir: Path):
+        self.path, self.images_dir = path, images_dir
+        self._array: list[Any] | None = None
 
+    def count(self) -> int:
+        """How many rows there are, blank lines among them, without reading them one by one."""
+        if is_table(self.path):
+            from mistral_ft.tables import open_table  # imports datasets, which takes a second
 
-def count_rows(path: str | os.PathLike) -> int:
-    """How many rows `read_rows` gives, blank lines among them, without reading them one by one."""
-    if is_table(path):
-        from mistral_ft.tables import open_table
+            return len(open_table(str(self.path)))
+        with open_file(self.path) as file:
+            if _is_array(file):
+                self._array = _load_array(Path(self.path))
+                return len(self._array)
+            count, block = 0, b""
+            while more := file.read(1 << 20):
+                block = more
+                count += block.count(b"\n")
+        return count + (block[-1:] not in (b"", b"\n"))
 
-        return len(open_table(str(path)))
-    with open_file(path) as file:
-        if _is_array(file):
-            return len(_load_array(Path(path)))
-        count, block = 0, b""
-        while more := file.read(1 << 20):
-            block = more
-            count += block.count(b"\n")
-    return count + (block[-1:] not in (b"", b"\n"))
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        if is_table(self.path):
+            from mistral_ft.tables import read_table
+
+            yield from read_table(str(self.path), self.images_dir)
+            return
+        with open_file(self.path) as file:
+            if _is_array(file):
+                array, self._array = self._array, None  # it takes memory no longer than it is read
+                array = _load_array(Path(self.path)) if array is None else array
+                yield from enumerate(map(_to_json, array), 1)
+            else:
+                yield from enumerate(file, 1)
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:
@@ -127,19 +137,17 @@ def _to_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def read_objects(
-    path: str | os.PathLike, images_dir: Path, errors: list[RecordError]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, object) for every row that is not blank; rows that are no JSON object go to `errors`.
 
     Raises:
         UserError: if the source cannot be read.
     """
-    for number, raw in read_rows(path, images_dir):
+    for number, raw in source:
         try:
             data = parse_line(raw, first=number == 1)
         except ValueError as error:
-            errors.append(RecordError(path, number, str(error)))
+            errors.append(RecordError(source.path, number, str(error)))
         else:
             if data is not None:
                 yield number, data

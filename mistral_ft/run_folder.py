@@ -80,6 +80,7 @@ class Run:
             name: _json(arguments.given if name == "training" else changed_fields(arguments))
             for name, arguments in settings.items()
         }
+        files = hash_files(settings["data"].dataset)
         flat = {name: value for group in chosen.values() for name, value in group.items()}
         write_config(
             self.folder / CONFIG_FILE,
@@ -90,8 +91,8 @@ class Run:
             {
                 "number": 1 + max((number for number, _ in _runs(self.folder.parent)), default=0),
                 "base_model": settings["model"].model_id,
-                "data": {"files": hash_files(settings["data"].dataset), "rows": rows},
-                "resume": _describe(settings),
+                "data": {"files": files, "rows": rows},
+                "resume": _describe(settings, files),
                 "prompt": {
                     "template": template,
                     "tokenizer_sha256": sha256_file(self.folder / "tokenizer.json"),
@@ -110,7 +111,7 @@ class Run:
         """
         checkpoint = find_checkpoint(path)
         folder = checkpoint.parent
-        if changed := _changes(read_run(folder), _describe(settings)):
+        if changed := _changes(read_run(folder), _describe(settings, hash_files(settings["data"].dataset))):
             raise UserError(
                 f"{folder}: cannot be continued with another {', '.join(changed)}; its own are in its {RUN_FILE}"
             )
@@ -123,8 +124,8 @@ class Run:
         Raises:
             UserError: if the newest run of this data's name is unfinished, and its data has been edited.
         """
-        now = _describe(settings)
-        names = [str(file) for path in settings["data"].dataset for file in data_files(path)]
+        files = hash_files(settings["data"].dataset)
+        now, names = _describe(settings, files), [file["path"] for file in files]
         for _, folder in sorted(_runs(output_dir), reverse=True):
             written = read_run(folder)
             changed = _changes(written, now)
@@ -184,13 +185,13 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def _describe(settings: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be continued."""
+def _describe(settings: dict[str, Any], files: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """What must be the same for a run to be continued; `files` as `hash_files` names those of the data."""
     training = _json(settings["training"].given)
     return {
         "base_model": full_name(settings["model"].model_id),
         "rounding": settings["model"].rounding,
-        "data": [file["sha256"] for file in hash_files(settings["data"].dataset)],
+        "data": [file["sha256"] for file in files],
         "images_dir": settings["data"].images_dir,
         "evaluation": {"eval_fraction": settings["evaluation"].eval_fraction},
         "lora": _json(changed_fields(settings["lora"])),

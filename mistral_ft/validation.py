@@ -39,7 +39,7 @@ from mistral_ft.prompt import (
 )
 from mistral_ft.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.references import is_data_url, resolve, split_page
-from mistral_ft.rows import count_rows, parse_line, read_rows
+from mistral_ft.rows import RowSource, parse_line
 
 MOST_EXAMPLES = 10  # of each kind of problem, for the report
 CHUNK = 16  # lines that a worker gets at a time
@@ -296,7 +296,8 @@ def check_files(
     Raises:
         UserError: if a file cannot be read.
     """
-    progress = Progress("checking", sum(count_rows(source.path) for source in sources), "row")
+    read = [RowSource(source.path, source.images_dir) for source in sources]
+    progress = Progress("checking", sum(rows.count() for rows in read), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
@@ -310,8 +311,7 @@ def check_files(
         progress.update(len(lines))
 
     try:
-        for source in sources:
-            rows = read_rows(source.path, source.images_dir)
+        for source, rows in zip(sources, map(iter, read), strict=True):
             while lines := list(itertools.islice(rows, CHUNK)):
                 window.append((source, lines, pool.submit(_check_lines, source, lines)))
                 if len(window) > 8 * workers:  # a little ahead, so that memory does not grow with the file

@@ -13,7 +13,7 @@ from mistral_ft.pages import open_image
 from mistral_ft.records import Record, checked
 from mistral_ft.references import is_data_url
 from mistral_ft.report import templates
-from mistral_ft.rows import parse_line, read_rows
+from mistral_ft.rows import RowSource, parse_line
 from mistral_ft.validation import Examples, Kind, Source, Tally
 
 MOST_THUMBNAILS = 48
@@ -60,7 +60,7 @@ def _thumbnails(
     for source in sources:
         if not any(place.startswith(f"{source.path}:") for place in asked):
             continue
-        for line, raw in read_rows(source.path, source.images_dir):
+        for line, raw in RowSource(source.path, source.images_dir):
             problem = asked.get(f"{source.path}:{line}")
             if problem is None or left == 0:
                 continue

@@ -228,3 +228,38 @@ def test_documented_commands_parse(command, monkeypatch):
 
         known |= {f"--{name}" for name in FinetuneArguments.__dataclass_fields__}
     assert [a for a in arguments if a.startswith("-") and a not in known] == []
+
+
+def test_a_runs_name_is_enough(pages, train_tiny, run_cli, tmp_path, monkeypatch):
+    data = pages / "train.jsonl"
+    run = train_tiny(data, "--max_steps", 2, "--save_steps", 1)
+    monkeypatch.chdir(tmp_path)
+    assert run.parent.name == "output"
+    (tmp_path / run.name).mkdir()  # one of the same name that is nothing of the kind
+    assert run_cli("train_status", run.name)[1].startswith("done, step 2/2, ")
+    code, out, err = run_cli("predict", data, run.name, "--limit", 1)
+    assert (code, out.splitlines()[0]) == (0, f"1 rows in {run.name}.jsonl, 0 with an error"), err
+    assert run_cli("predict", data, f"{run.name}/checkpoint-1", "--limit", 1)[1].startswith(
+        f"1 rows in {run.name}-checkpoint-1.jsonl"
+    )
+    code, out, _ = run_cli("validate_data", data, "--model_id", run.name)
+    assert code == 0
+    assert "tokens" in out
+    command = ("train", "--model_id", TINY, "--dataset", data, "--learning_rate", "2e-3", "--lora_dropout", "0")
+    command += ("--max_steps", 2, "--save_steps", 1, "--resume_from_checkpoint", run.name)
+    code, out, err = run_cli(*command, "--output_dir", tmp_path / "output")
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"Adapter saved in {run}"
+    code, _, err = run_cli(*command, "--output_dir", tmp_path / "elsewhere")
+    assert code == 2
+    assert err.startswith(f"error: {run.name}: holds no complete checkpoint to resume from")
+    assert run_cli("train_status", "no-such-run")[0] == 2
+
+
+def test_a_line_is_seen_when_it_is_printed():
+    code = "from mistral_ft.errors import run_step; run_step(lambda: print('ready') or input() and None)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.communicate("go on\n")

@@ -97,8 +97,8 @@ def test_the_best_step_is_kept_and_restored(pages, train_tiny, losses, capsys):
 
 def test_a_run_that_is_continued_knows_its_best_step(pages, train_tiny, losses, tmp_path):
     data = pages / "train.jsonl"
-    losses({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 1.5})
-    settings = (*STOPPED, "--eval_dataset", data, "--early_stopping_patience", 3)
+    losses({0: 9.0, 2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 1.5})
+    settings = (*STOPPED, "--eval_dataset", data, "--early_stopping_patience", 3, "--eval_on_start", True)
     whole = train_tiny(data, *settings)
     stopped = tmp_path / "output" / "stopped"
     shutil.copytree(whole, stopped)

@@ -16,3 +16,13 @@ def test_no_time_left_before_there_is_a_pace(capsys, monkeypatch):
         "reading: page 3/6, well, 0.05 pages/s, 01:00 left",
         "reading: page 6/6, well, 0.0992 pages/s, 00:00 left",
     ]
+
+
+def test_the_last_line_is_told_once(capsys):
+    progress = Progress("reading", 2, "page")
+    for count in (1, 1, 0, 0):
+        progress.update(count)
+    assert [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "reading: page 1/2",
+        "reading: page 2/2",
+    ]

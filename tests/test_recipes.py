@@ -127,6 +127,9 @@ CASES = {
     "Documents, on a card of 24 GB, in 4 bits": Case(
         pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to 4 bits) and has learned", SAME], STEPS
     ),
+    "Documents, in FP8, on an Ada or Hopper card": Case(
+        pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to FP8) and has learned", SAME], [*STEPS, *HALVES]
+    ),
     "More pages to a record": Case(pages, "data/contracts.jsonl", ["Accuracy = 20/20 ", SAME], [*STEPS, *HALVES]),
     "`[INST]` rows of text": Case(
         inst, "records.test.jsonl", ["18 records in records.train.jsonl", "Accuracy = 2/2 ", SAME], [*STEPS, *HALVES]
@@ -253,3 +256,31 @@ def test_it_trains_predicts_scores_and_merges(heading, run_cli, tmp_path, monkey
     for part in case.says:
         assert part in shell.printed
     assert (tmp_path / f"merged/{shell.run.name}/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_job_for_a_script(tmp_path):
+    script = "\n".join(blocks("sh")["A job for a script"])
+    for name in ("dataset", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+
+    def run(**changes) -> subprocess.CompletedProcess:
+        text = script
+        for old, new in changes.values():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        return subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    wrong = run(data=("--dataset dataset/train.jsonl", "--dataset dataset/none.jsonl"))
+    assert wrong.returncode == 1
+    assert (tmp_path / "train.log").read_text() == "error: dataset/none.jsonl: no such file\n"
+    # Two steps teach too little for 90 %.
+    done = run(steps=("--num_train_epochs 2", "--max_steps 2"), score=("--fail_under 0.9", "--fail_under 0"))
+    assert done.returncode == 0, done.stderr
+    assert "\ndone, step 2/2, " in done.stdout
+    assert json.loads((tmp_path / "score.json").read_text())["count"] == 100
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == [
+        path.name for path in (tmp_path / "output").iterdir()
+    ]

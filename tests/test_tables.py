@@ -14,10 +14,11 @@ import datasets
 import pytest
 from PIL import Image
 
+from mistral_ft import rows as rows_module
 from mistral_ft.errors import UserError
 from mistral_ft.pages import fingerprint, open_image
 from mistral_ft.records import read_records
-from mistral_ft.rows import count_rows, data_files
+from mistral_ft.rows import RowSource, data_files
 from mistral_ft.tables import open_table
 from tests.conftest import ROOT, read_rows
 
@@ -77,7 +78,7 @@ def test_a_parquet_file_holds_records(tmp_path, dataset):
     (path.parent / "b.png").write_bytes(png(3))
     assert color_of(f"{path}#row=1&column=images&item=1") == 3
     assert fingerprint(f"{path}#row=1&column=images&item=0") == hashlib.sha256(png(2)).hexdigest()
-    assert (count_rows(path), data_files(path)) == (3, [path])
+    assert (RowSource(path, path.parent).count(), data_files(path)) == (3, [path])
 
 
 def test_a_column_of_the_library_s_own_images(tmp_path):
@@ -172,7 +173,7 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\ufeff" + json.dumps(rows, indent=1))
     assert [r.expected for r in read_records([path])] == ["A", "B"]
-    assert count_rows(path) == 2
+    assert RowSource(path, path.parent).count() == 2
     path.write_text('[{"messages": [],},\n 2]')
     with pytest.raises(UserError, match=r"a.json: trailing comma at line 1, column 17: JSON allows none, remove it$"):
         read_records([path])
@@ -235,3 +236,22 @@ def test_a_set_of_the_hub(tmp_path):
     )
     hub.shutdown()
     assert done.stdout == "org/name:train 1 A (7, 7, 7)\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "lines"),
+    [
+        ("reformat_data", ["out.jsonl"], ["converting: row 1/5", "converting: row 5/5"]),
+        ("validate_data", [], ["checking: row 5/5"]),  # as a worker gives them back
+    ],
+)
+def test_a_json_array_is_loaded_once(tmp_path, run_cli, monkeypatch, step, more, lines):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": ask(), "expected": str(number)} for number in range(5)]))
+    loaded, load = [], rows_module._load_array
+    monkeypatch.setattr(rows_module, "_load_array", lambda path: loaded.append(path) or load(path))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_cli(step, path, *more)
+    assert code == 0, err
+    assert loaded == [path]
+    assert [line.partition(",")[0] for line in err.splitlines()] == lines

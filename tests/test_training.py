@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from mistral_ft import training
+from mistral_ft import run_folder, training
 from mistral_ft.arguments import LoraArguments, SpeedArguments
 from mistral_ft.data import RecordDataset, RecordSize, measure_records
 from mistral_ft.errors import UserError
@@ -573,3 +574,12 @@ def test_the_run_folder_holds_what_made_it(pages, train_tiny):
     assert not list(run.glob(".*"))
     model = PeftModel.from_pretrained(load_base(TINY, torch.device("cpu")), run)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 56
+
+
+def test_data_is_hashed_once_for_a_new_run(pages, train_tiny, monkeypatch):
+    hashed, digest = [], run_folder.sha256_file
+    monkeypatch.setattr(run_folder, "sha256_file", lambda path: hashed.append(Path(path).name) or digest(path))
+    run = train_tiny(pages / "train.jsonl", "--max_steps", 1, "--save_strategy", "no")
+    assert hashed.count("train.jsonl") == 1
+    made = json.loads((run / "run.json").read_text())
+    assert made["resume"]["data"] == [digest(pages / "train.jsonl")] == [f["sha256"] for f in made["data"]["files"]]
