@@ -169,8 +169,8 @@ def main() -> None:
         trainer = FinetuneTrainer(
             model=model,
             args=args,
-            callbacks=trackers,
             status=status,
+            trackers=trackers,
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
             b_rate_ratio=lora_args.loraplus_lr_ratio or 1,
             save_minutes=checkpoint_args.save_minutes,

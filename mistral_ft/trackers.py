@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,6 @@ def tracking(
                 trackers[name] = _start(name, args, folder, step)
             except Exception as error:  # whatever a library raises without a login, a server or a disk
                 raise UserError(f"--report_to {name}: {' '.join(str(error).split())}") from None
-        args.report_to = []  # Trainer would make them again
         yield list(trackers.values())
         state = "FINISHED"
     except KeyboardInterrupt:
@@ -89,14 +89,14 @@ def _start(name: str, args: FinetuneArguments, folder: Path, step: int) -> Train
 
 
 def _end(trackers: dict[str, TrainerCallback], state: str) -> None:
-    """End what is still open, before the folder of a run that failed is removed."""
-    if (tensorboard := trackers.get("tensorboard")) and tensorboard.tb_writer:
-        tensorboard.tb_writer.close()
-    if "wandb" in trackers:
-        import wandb
-
-        wandb.finish(exit_code=int(state != "FINISHED"))
-    if "mlflow" in trackers:
-        import mlflow
-
-        mlflow.end_run(state)
+    """End what is still open, before the folder of a run that failed is removed. A run is not lost for a tracker."""
+    for name, tracker in trackers.items():
+        try:
+            if name == "tensorboard" and tracker.tb_writer:
+                tracker.tb_writer.close()
+            elif name == "wandb":
+                tracker._wandb.finish(exit_code=int(state != "FINISHED"))
+            elif name == "mlflow":
+                tracker._ml_flow.end_run(state)
+        except Exception as error:  # a server that went away, a full disk
+            print(f"warning: --report_to {name}: {' '.join(str(error).split())}", file=sys.stderr)

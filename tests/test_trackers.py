@@ -129,6 +129,28 @@ def test_mlflow_knows_how_the_run_ended(pages, run_cli, tmp_path, monkeypatch, r
         assert run.data.metrics["eval_loss"] == read_rows(folder / "metrics.jsonl")[2]["eval_loss"]
 
 
+class Gone(integration_utils.TrainerCallback):
+    """MLflow's, whose server has gone away."""
+
+    def setup(self, args, state, model):
+        self._ml_flow = self
+
+    def end_run(self, state):
+        raise ConnectionError("no server")
+
+
+def test_a_server_that_goes_away_costs_no_adapter(pages, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Gone)
+    data = pages / "train.jsonl"
+    code, out, err = run_cli(
+        "train", "--model_id", TINY, "--dataset", data, "--output_dir", tmp_path / "output", "--report_to", "mlflow",
+        *STEPS, data,
+    )  # fmt: skip
+    assert code == 0
+    assert err.splitlines()[-1] == "warning: --report_to mlflow: no server"
+    assert (Path(out.split("Adapter saved in ")[1].strip()) / "adapter_model.safetensors").is_file()
+
+
 def test_wandb_keeps_a_run_in_its_folder(pages, train_tiny, monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
