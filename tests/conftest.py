@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models/tiny"
@@ -54,6 +56,16 @@ def pages(tmp_path) -> Path:
     rows[7]["messages"].insert(0, {"role": "system", "content": "Be exact."})
     write_jsonl(folder / "train.jsonl", rows)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_pages(tmp_path_factory) -> Path:
+    """A file of five records: three about a page, two without."""
+    folder = tmp_path_factory.mktemp("pages")
+    for number in range(3):
+        make_page(folder / f"{number}.png", number + 1)
+    rows = [row(number, f"Decree {number}", [f"{number}.png"] if number < 3 else None) for number in range(5)]
+    return write_jsonl(folder / "data.jsonl", rows)
 
 
 @pytest.fixture

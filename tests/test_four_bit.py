@@ -19,7 +19,7 @@ from mistral_ft.arguments import FOUR_BITS, LoraArguments
 from mistral_ft.layers import LoraLinear, Seeds
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import load_base
-from tests.conftest import make_page, read_rows, row, write_jsonl
+from tests.conftest import read_rows
 from tests.tiny_models import write_model
 
 CPU = torch.device("cpu")
@@ -28,15 +28,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "base", "Small 3.2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for k in range(3):
-        make_page(folder / f"{k}.png", k + 1)
-    rows = [row(k, f"Decree {k}", [f"{k}.png"] if k < 3 else None) for k in range(5)]
-    return write_jsonl(folder / "data.jsonl", rows)
 
 
 def test_the_text_layers_and_nothing_else_are_rounded(base):
@@ -73,9 +64,9 @@ def test_our_lora_layer_gives_what_peft_gives(base):
 
 
 @pytest.mark.parametrize("more", [[], ["--use_dora", "True", "--optim", "adamw_8bit"]])
-def test_it_trains_predicts_and_merges(base, data, more, train_tiny, run_cli, tmp_path, monkeypatch):
+def test_it_trains_predicts_and_merges(base, few_pages, more, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = train_tiny(data, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12, *more)
+    run = train_tiny(few_pages, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12, *more)
     losses = [
         line["loss"] for line in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in line
     ]
@@ -87,24 +78,24 @@ def test_it_trains_predicts_and_merges(base, data, more, train_tiny, run_cli, tm
     for name, model, flags in (
         ("4-bit", run, []), ("merged in memory", run, ["--no-load_in_4bit"]), ("base", base, ["--load_in_4bit"])
     ):  # fmt: skip
-        code, _, err = run_cli("predict", data, model, "-o", f"{name}.jsonl", "--max_new_tokens", 8, *flags)
+        code, _, err = run_cli("predict", few_pages, model, "-o", f"{name}.jsonl", "--max_new_tokens", 8, *flags)
         assert code == 0, err
         answers[name] = [r["actual"] for r in read_rows(tmp_path / f"{name}.jsonl")]
     code, out, err = run_cli("merge_lora_weights", run, "merged")
     assert code == 0, err
     assert "(rounded to 4 bits) and has learned to make up for that model's rounding" in out
     assert "rounded to 4 bits (QLoRA, NF4)" in (tmp_path / "merged/README.md").read_text()
-    code, _, err = run_cli("predict", data, "merged", "-o", "merged.jsonl", "--max_new_tokens", 8)
+    code, _, err = run_cli("predict", few_pages, "merged", "-o", "merged.jsonl", "--max_new_tokens", 8)
     assert code == 0, err
     assert [r["actual"] for r in read_rows(tmp_path / "merged.jsonl")] == answers["merged in memory"]
     assert answers["4-bit"] != answers["base"]
 
 
-def test_the_adapter_is_run_on_the_rounded_base(base, data, train_tiny, run_cli, tmp_path, monkeypatch):
+def test_the_adapter_is_run_on_the_rounded_base(base, few_pages, train_tiny, run_cli, tmp_path, monkeypatch):
     """predict's log-probabilities are those of peft on the 4-bit base, not those of the merged model."""
     monkeypatch.chdir(tmp_path)
-    run = train_tiny(data, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12)
-    code, _, err = run_cli("predict", data, run, "-o", "a.jsonl", "--max_new_tokens", 3)
+    run = train_tiny(few_pages, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12)
+    code, _, err = run_cli("predict", few_pages, run, "-o", "a.jsonl", "--max_new_tokens", 3)
     assert code == 0, err
     from mistral_ft.prompt import PromptEncoder
 
@@ -116,38 +107,38 @@ def test_the_adapter_is_run_on_the_rounded_base(base, data, train_tiny, run_cli,
         model = Adapter(run).put_on(load_base(base, CPU, rounding=rounding)).eval()
         with torch.no_grad():
             best[rounding] = model(input_ids=ids).logits[0, -1].log_softmax(-1).max().item()
-    code, _, err = run_cli("predict", data, run, "-o", "one.jsonl", "--max_new_tokens", 1)
+    code, _, err = run_cli("predict", few_pages, run, "-o", "one.jsonl", "--max_new_tokens", 1)
     assert code == 0, err
     assert read_rows(tmp_path / "one.jsonl")[4]["confidence"]["sum"] == pytest.approx(best[FOUR_BITS], abs=1e-3)
     assert abs(best[FOUR_BITS] - best[None]) > 1e-2
 
 
-def test_a_run_is_not_continued_on_another_rounding(base, data, train_tiny, run_cli, tmp_path):
+def test_a_run_is_not_continued_on_another_rounding(base, few_pages, train_tiny, run_cli, tmp_path):
     flags = ("--model_id", base, "--max_steps", 2, "--save_steps", 1)
-    run = train_tiny(data, *flags)
+    run = train_tiny(few_pages, *flags)
     code, _, err = run_cli(
-        "train", "--dataset", data, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3",
+        "train", "--dataset", few_pages, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3",
         "--lora_dropout", "0", *flags, "--resume_from_checkpoint", run, "--load_in_4bit", "True",
     )  # fmt: skip
     assert code == 2
     assert "cannot be continued with another --load_in_4bit" in err
 
 
-def test_a_copy_in_4_bits_is_taken_as_it_is(base, data, train_tiny, run_cli, tmp_path, monkeypatch):
+def test_a_copy_in_4_bits_is_taken_as_it_is(base, few_pages, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = load_base(base, CPU, rounding=FOUR_BITS)
     model.model.__class__ = Mistral3Model  # as transformers knows it
     shutil.copytree(base, "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained("copy")
     for name, folder, flags in (("copy", "copy", []), ("base", base, ["--load_in_4bit"])):
-        code, _, err = run_cli("predict", data, folder, "-o", f"{name}.jsonl", "--max_new_tokens", 4, *flags)
+        code, _, err = run_cli("predict", few_pages, folder, "-o", f"{name}.jsonl", "--max_new_tokens", 4, *flags)
         assert code == 0, err
     assert read_rows(tmp_path / "copy.jsonl") == read_rows(tmp_path / "base.jsonl")
-    code, _, err = run_cli("predict", data, "copy", "--no-load_in_4bit")
+    code, _, err = run_cli("predict", few_pages, "copy", "--no-load_in_4bit")
     assert (code, "copy holds 4-bit weights only; name the bf16 model they are from" in err) == (2, True)
 
-    run = train_tiny(data, "--model_id", "copy", "--max_steps", 2)
-    code, _, err = run_cli("predict", data, run, "-o", "run.jsonl", "--max_new_tokens", 4)
+    run = train_tiny(few_pages, "--model_id", "copy", "--max_steps", 2)
+    code, _, err = run_cli("predict", few_pages, run, "-o", "run.jsonl", "--max_new_tokens", 4)
     assert code == 0, err
     code, _, err = run_cli("merge_lora_weights", run, "merged")
     assert (code, "its weights are quantized (bitsandbytes); give the bf16 model they are from" in err) == (2, True)
@@ -156,18 +147,18 @@ def test_a_copy_in_4_bits_is_taken_as_it_is(base, data, train_tiny, run_cli, tmp
     assert "has learned to make up for that model's rounding" in out
 
 
-def test_without_bitsandbytes_the_way_to_get_it_is_said(base, data, run_cli, tmp_path, monkeypatch):
+def test_without_bitsandbytes_the_way_to_get_it_is_said(base, few_pages, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
-    code, _, err = run_cli("train", "--dataset", data, "--model_id", base, "--load_in_4bit", "True")
+    code, _, err = run_cli("train", "--dataset", few_pages, "--model_id", base, "--load_in_4bit", "True")
     assert (code, err) == (2, "error: 4-bit weights need bitsandbytes: pip install -r requirements-4bit.txt\n")
-    code, _, err = run_cli("predict", data, base, "--load_in_4bit")
+    code, _, err = run_cli("predict", few_pages, base, "--load_in_4bit")
     assert (code, err) == (2, "error: 4-bit weights need bitsandbytes: pip install -r requirements-4bit.txt\n")
 
 
-def test_other_roundings_are_refused(base, run_cli, data, tmp_path):
+def test_other_roundings_are_refused(base, run_cli, few_pages, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "fp8").mkdir()
     (tmp_path / "fp8/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    code, _, err = run_cli("train", "--dataset", data, "--model_id", tmp_path / "fp8")
+    code, _, err = run_cli("train", "--dataset", few_pages, "--model_id", tmp_path / "fp8")
     assert code == 2
     assert "its weights are quantized (fp8); take the bf16 model they are from" in err

@@ -12,18 +12,9 @@ from mistral_ft.fp8 import E4M3, FP8Linear, round_layers, round_rows
 from mistral_ft.layers import LayerRunner, LoraLinear, Seeds
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import check_rounding, load_base
-from tests.conftest import TINY, make_page, read_rows, row, write_jsonl
+from tests.conftest import TINY, read_rows
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for k in range(3):
-        make_page(folder / f"{k}.png", k + 1)
-    rows = [row(k, f"Decree {k}", [f"{k}.png"] if k < 3 else None) for k in range(5)]
-    return write_jsonl(folder / "data.jsonl", rows)
 
 
 def make_linear() -> tuple[nn.Linear, FP8Linear]:
@@ -124,9 +115,9 @@ def test_compiled_and_computed_twice_gradients_are_the_same():
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
-def test_it_trains_predicts_and_merges(data, train_tiny, run_cli, tmp_path, monkeypatch):
+def test_it_trains_predicts_and_merges(few_pages, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = train_tiny(data, "--base_dtype", "fp8", "--max_steps", 12)
+    run = train_tiny(few_pages, "--base_dtype", "fp8", "--max_steps", 12)
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < losses[0] / 2
@@ -140,7 +131,7 @@ def test_it_trains_predicts_and_merges(data, train_tiny, run_cli, tmp_path, monk
         ("merged in memory", run, ["--base_dtype", "bf16"]),
         ("base", TINY, ["--base_dtype", "fp8"]),
     ):
-        code, _, err = run_cli("predict", data, model, "-o", f"{name}.jsonl", "--max_new_tokens", 8, *flags)
+        code, _, err = run_cli("predict", few_pages, model, "-o", f"{name}.jsonl", "--max_new_tokens", 8, *flags)
         assert code == 0, err
         rows = read_rows(tmp_path / f"{name}.jsonl")
         answers[name], sums[name] = [r["actual"] for r in rows], [r["confidence"]["sum"] for r in rows]
@@ -151,15 +142,15 @@ def test_it_trains_predicts_and_merges(data, train_tiny, run_cli, tmp_path, monk
     code, out, err = run_cli("merge_lora_weights", run, "merged")
     assert code == 0, err
     assert "(rounded to FP8) and has learned to make up for that model's rounding" in out
-    code, _, err = run_cli("predict", data, "merged", "-o", "merged.jsonl", "--max_new_tokens", 8)
+    code, _, err = run_cli("predict", few_pages, "merged", "-o", "merged.jsonl", "--max_new_tokens", 8)
     assert code == 0, err
     assert [r["actual"] for r in read_rows(tmp_path / "merged.jsonl")] == answers["merged in memory"]
 
 
-def test_predict_runs_the_adapter_on_the_rounded_base(data, train_tiny, run_cli, tmp_path, monkeypatch):
+def test_predict_runs_the_adapter_on_the_rounded_base(few_pages, train_tiny, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = train_tiny(data, "--base_dtype", "fp8", "--max_steps", 4)
-    code, _, err = run_cli("predict", data, run, "-o", "one.jsonl", "--max_new_tokens", 1)
+    run = train_tiny(few_pages, "--base_dtype", "fp8", "--max_steps", 4)
+    code, _, err = run_cli("predict", few_pages, run, "-o", "one.jsonl", "--max_new_tokens", 1)
     assert code == 0, err
     from mistral_ft.prompt import PromptEncoder
 
@@ -173,12 +164,12 @@ def test_predict_runs_the_adapter_on_the_rounded_base(data, train_tiny, run_cli,
     assert abs(best[FP8] - best[None]) > 2e-3
 
 
-def test_a_run_is_not_continued_on_another_rounding(data, train_tiny, run_cli, tmp_path):
-    run = train_tiny(data, "--max_steps", 2, "--save_steps", 1)
+def test_a_run_is_not_continued_on_another_rounding(few_pages, train_tiny, run_cli, tmp_path):
+    run = train_tiny(few_pages, "--max_steps", 2, "--save_steps", 1)
     code, _, err = run_cli(
-        "train", "--dataset", data, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3", "--model_id", TINY,
-        "--lora_dropout", "0", "--max_steps", 2, "--save_steps", 1, "--resume_from_checkpoint", run,
-        "--base_dtype", "fp8",
+        "train", "--dataset", few_pages, "--output_dir", tmp_path / "output", "--learning_rate", "2e-3",
+        "--model_id", TINY, "--lora_dropout", "0", "--max_steps", 2, "--save_steps", 1,
+        "--resume_from_checkpoint", run, "--base_dtype", "fp8",
     )  # fmt: skip
     assert (code, "cannot be continued with another --load_in_4bit or --base_dtype" in err) == (2, True)
 
@@ -191,13 +182,13 @@ def test_a_run_is_not_continued_on_another_rounding(data, train_tiny, run_cli, t
         (["--base_dtype", "int8"], "invalid choice: 'int8' (choose from 'bf16', 'fp8')"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(flags, message, data, run_cli):
-    code, _, err = run_cli("train", "--dataset", data, "--model_id", TINY, "--base_dtype", "fp8", *flags)
+def test_flags_that_do_not_go_together_are_refused(flags, message, few_pages, run_cli):
+    code, _, err = run_cli("train", "--dataset", few_pages, "--model_id", TINY, "--base_dtype", "fp8", *flags)
     assert (code, message in err) == (2, True), err
 
 
-def test_predict_refuses_both_roundings(data, run_cli):
-    code, _, err = run_cli("predict", data, TINY, "--base_dtype", "fp8", "--load_in_4bit")
+def test_predict_refuses_both_roundings(few_pages, run_cli):
+    code, _, err = run_cli("predict", few_pages, TINY, "--base_dtype", "fp8", "--load_in_4bit")
     assert (code, "--load_in_4bit and --base_dtype exclude each other" in err) == (2, True)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mistral_ft.review_desk import Desk
 from mistral_ft.reviews import Review, ReviewLog
@@ -112,12 +113,12 @@ class Case:
 
 
 STEPS = ["--per_device_train_batch_size", 8, "--lora_dropout", 0, "--learning_rate", "5e-3", "--max_steps", 16]
-FAST = [*STEPS, "--learning_rate", "2e-2", "--max_steps", 40]  # for random models
+FAST = [*STEPS, "--learning_rate", "1e-2", "--max_steps", 48]  # for random models
 HALVES = ["--eval_steps", 8, "--eval_generate", 2]
 SAME = ": 0 answers differ between the adapter unmerged and merged"
 CASES = {
     "Recipes": Case(
-        pages, "data/test.jsonl", ["30 rows, 20 images", "0 fatal problems", "Accuracy = 10/10 ", SAME],
+        pages, "data/test.jsonl", ["30 rows, 30 images", "0 fatal problems", "Accuracy = 10/10 ", SAME],
         [*STEPS, *HALVES],
     ),
     "Documents, on one card of 80 GB": Case(
@@ -125,6 +126,9 @@ CASES = {
     ),
     "Documents, on a card of 24 GB, in 4 bits": Case(
         pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to 4 bits) and has learned", SAME], STEPS
+    ),
+    "Documents, in FP8, on an Ada or Hopper card": Case(
+        pages, "data/test.jsonl", ["Accuracy = 10/10 ", "(rounded to FP8) and has learned", SAME], [*STEPS, *HALVES]
     ),
     "More pages to a record": Case(pages, "data/contracts.jsonl", ["Accuracy = 20/20 ", SAME], [*STEPS, *HALVES]),
     "`[INST]` rows of text": Case(
@@ -148,12 +152,19 @@ CASES = {
     ),
 }  # fmt: skip
 SLOW = {
+    "Go on with corrected data",
     "Recipes",
     "Documents, on a card of 24 GB, in 4 bits",
     "More pages to a record",
     "Several GPUs",
     "Against overfitting",
 }
+
+
+def sharpen(path: Path) -> None:
+    """Scale a random model's head: no adapter could make such a one sure of anything."""
+    weights = load_file(path)
+    save_file({name: 20 * t if name.endswith("lm_head.weight") else t for name, t in weights.items()}, path)
 
 
 @dataclass
@@ -223,6 +234,7 @@ def test_it_trains_predicts_scores_and_merges(heading, run_cli, tmp_path, monkey
         from tests.tiny_models import write_model
 
         base = write_model(tmp_path / "base", case.base)
+        sharpen(base / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     case.write(tmp_path)
     for name, lines in blocks("yaml").items():
