@@ -115,6 +115,10 @@ def main() -> None:
     resumed = None
     if args.resume_from_checkpoint == "auto":
         resumed = from_first(lambda: Run.resume_newest(args.output_dir, settings))
+        if resumed and resumed.checkpoint is None:
+            print(f"Nothing to do: this run is over\nAdapter saved in {resumed.folder}")
+            finish()
+            return
         print(f"Continuing from {resumed.checkpoint}" if resumed else "Nothing to continue from: a new run")
     elif args.resume_from_checkpoint is not None:
         named = locate(args.resume_from_checkpoint, args.output_dir)
