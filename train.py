@@ -80,6 +80,7 @@ def main() -> None:
     from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
+    from mistral_ft.checkpoints import step_of
     from mistral_ft.data import RecordDataset, cut_texts, measure_records
     from mistral_ft.evaluation import Evaluator, divide, hold_out
     from mistral_ft.hub import find_model_folder, locate
@@ -98,8 +99,9 @@ def main() -> None:
     from mistral_ft.prompt import PromptEncoder
     from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
+    from mistral_ft.trackers import check_trackers, tracking
     from mistral_ft.training import FinetuneTrainer
-    from mistral_ft.training_arguments import check_optimizer, check_trackers
+    from mistral_ft.training_arguments import check_optimizer
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)
@@ -112,6 +114,10 @@ def main() -> None:
     resumed = None
     if args.resume_from_checkpoint == "auto":
         resumed = from_first(lambda: Run.resume_newest(args.output_dir, settings))
+        if resumed and resumed.checkpoint is None:
+            print(f"Nothing to do: this run is over\nAdapter saved in {resumed.folder}")
+            finish()
+            return
         print(f"Continuing from {resumed.checkpoint}" if resumed else "Nothing to continue from: a new run")
     elif args.resume_from_checkpoint is not None:
         named = locate(args.resume_from_checkpoint, args.output_dir)
@@ -148,7 +154,8 @@ def main() -> None:
     args.output_dir, args.run_name = str(run.folder), args.run_name or run.folder.name
 
     status = Status(run.folder)
-    with run.cleaned_up_if_useless(), status.ended():
+    step = step_of(run.checkpoint) if run.checkpoint else 0
+    with run.cleaned_up_if_useless(), status.ended(), tracking(args, settings, run.folder, step) as trackers:
         status.update("preparing")
         print(f"Run folder {run.folder}" + (f", {world_size()} processes" if world_size() > 1 else ""))
 
@@ -167,6 +174,7 @@ def main() -> None:
             model=model,
             args=args,
             status=status,
+            trackers=trackers,
             learning_rates={part: rate for part, rate in rates.items() if rate is not None},
             b_rate_ratio=lora_args.loraplus_lr_ratio or 1,
             save_minutes=checkpoint_args.save_minutes,

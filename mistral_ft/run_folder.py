@@ -119,7 +119,10 @@ class Run:
 
     @classmethod
     def resume_newest(cls, output_dir: str | os.PathLike, settings: dict[str, Any]) -> "Run | None":
-        """Continue the newest run with the same settings that has a sound checkpoint; None if there is none.
+        """Continue the newest run with the same settings that has a sound checkpoint, or an adapter: it is over then.
+
+        Returns:
+            The run, its checkpoint None if it is over and has none; None if there is no such run.
 
         Raises:
             UserError: if the newest run of this data's name is unfinished, and its data has been edited.
@@ -129,13 +132,14 @@ class Run:
         for _, folder in sorted(_runs(output_dir), reverse=True):
             written = read_run(folder)
             changed = _changes(written, now)
-            finished = (folder / ADAPTER_CONFIG).exists() or not newest_first(folder)
-            if changed == ["data"] and not finished and [file["path"] for file in written["data"]["files"]] == names:
+            over = (folder / ADAPTER_CONFIG).exists()
+            stopped = newest_first(folder) and not over
+            if changed == ["data"] and stopped and [file["path"] for file in written["data"]["files"]] == names:
                 raise UserError(
                     f"{', '.join(names)}: edited since {folder} was stopped; put back what it was, or start anew "
                     "without --resume_from_checkpoint"
                 )
-            if not changed and (checkpoint := newest_sound(folder)):
+            if not changed and ((checkpoint := newest_sound(folder)) or over):
                 return cls(folder, checkpoint)
         return None
 

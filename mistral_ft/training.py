@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 
 from mistral_ft import checkpoints
 from mistral_ft.callbacks import EpochCallback, EvaluationCallback, GradientCheck, ProgressCallback, SaveCallback
@@ -67,6 +67,7 @@ class FinetuneTrainer(Trainer):
             others get `args.learning_rate`.
         save_minutes: save a checkpoint at the first step after so many minutes without one; None: by steps alone.
         status: where it is told what is being done; None: in the output folder.
+        trackers: callbacks of `trackers.tracking`.
         evaluator: what is measured, at the steps that the arguments name; None: nothing is.
         patience: of `EvaluationCallback`.
 
@@ -80,6 +81,7 @@ class FinetuneTrainer(Trainer):
         self,
         *args,
         status: Status | None = None,
+        trackers: Sequence[TrainerCallback] = (),
         learning_rates: dict[str, float] | None = None,
         b_rate_ratio: float = 1,
         save_minutes: float | None = None,
@@ -93,9 +95,12 @@ class FinetuneTrainer(Trainer):
         self.status = status or Status(Path(self.args.output_dir))
         # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        # Of Trainer's own; it would make trackers too, later than `tracking` does.
         self.callback_handler.callbacks = [
             c for c in self.callback_handler.callbacks if isinstance(c, DefaultFlowCallback)
-        ] + [c for c in self.callback_handler.callbacks if "integrations" in type(c).__module__]
+        ]
+        for tracker in trackers:
+            self.add_callback(tracker)
         self.add_callback(ProgressCallback())
         self.add_callback(GradientCheck(self))
         self.add_callback(EpochCallback(self))

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from mistral_ft.arguments import BETTER_HIGH, METRICS, changed_fields
 from mistral_ft.distributed import join
@@ -48,6 +48,7 @@ class FinetuneArguments(TrainingArguments):
         recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
         keep_best: whether the adapter of the best evaluation is the one that is kept.
         evaluate_first: whether to evaluate before the first step too.
+        recorded: what trackers are told instead of, and beside, these arguments as they were changed here.
         noise: of NEFTune, see `EmbeddingNoise`; None: without.
     """
 
@@ -120,8 +121,13 @@ class FinetuneArguments(TrainingArguments):
         trackers = trackers.split(",") if isinstance(trackers, str) else trackers
         super().__post_init__()
         self.report_to = trackers  # not one more because of what the machine's environment says
+        self.recorded: dict[str, Any] = {}
         # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
         self._n_gpu = min(1, self.n_gpu)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments as trackers record them."""
+        return super().to_dict() | self.recorded
 
 
 def check_optimizer(args: FinetuneArguments) -> None:
@@ -137,13 +143,3 @@ def check_optimizer(args: FinetuneArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except Exception as error:
         raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
-
-
-def check_trackers(args: FinetuneArguments) -> None:
-    """Raises UserError if a tracker of --report_to is unknown, or its package is not installed."""
-    for name in args.report_to:
-        try:
-            for tracker in get_reporting_integration_callbacks([name]):
-                tracker()
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"--report_to {name}: {error}") from None

@@ -124,6 +124,17 @@ def test_auto_leaves_a_run_that_is_over_as_it_is(whole, command, run_cli):
     assert list(whole.parent.iterdir()) == [whole]
 
 
+def test_auto_has_nothing_to_do_for_a_run_that_is_over_and_kept_no_checkpoint(pages, command, train_tiny, run_cli):
+    run = train_tiny(pages / "train.jsonl", *TRAIN, "--save_strategy", "no")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = (*command, "--save_strategy", "no", "--resume_from_checkpoint", "auto")
+    assert run_cli("train", *again) == (0, f"Nothing to do: this run is over\nAdapter saved in {run}\n", "")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert list(run.parent.iterdir()) == [run]
+    (run / "adapter_config.json").unlink()  # it was killed before its first checkpoint
+    assert "Nothing to continue from: a new run" in run_cli("train", *again)[1]
+
+
 def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli):
     second = Run.resume_newest(whole.parent, settings_of(command)).folder
     assert second == whole

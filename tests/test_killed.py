@@ -10,9 +10,8 @@ import time
 import pytest
 
 from mistral_ft.checkpoints import fault, newest_first
-from tests.conftest import TINY
+from tests.conftest import TINY, read_rows
 
-KILLS = 25
 TRAIN = (
     "--per_device_train_batch_size", 1, "--max_steps", 40, "--save_steps", 1, "--save_total_limit", 3,
     "--lora_dropout", 0.1, "--learning_rate", "2e-3",
@@ -40,20 +39,33 @@ def train_in_a_process(arguments: list[str], log) -> int:
     os._exit(99)
 
 
+# Here checkpoints of best steps come and go beside those that are due.
+EVALUATE = (
+    "--save_steps", 7, "--eval_steps", 3, "--eval_generate", 2, "--load_best_model_at_end", True, "--eval_dataset",
+)  # fmt: skip
+
+
+def evaluations(run) -> list[dict]:
+    return [line for line in read_rows(run / "metrics.jsonl") if "eval_loss" in line]
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(pages, train_tiny, tmp_path):
+@pytest.mark.parametrize(("more", "most_kills"), [((), 25), (EVALUATE, 12)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(pages, train_tiny, tmp_path, more, most_kills):
     data, output = pages / "train.jsonl", tmp_path / "killed"
+    more = (*TRAIN, *more, data) if more else TRAIN
     train_tiny(data, *TRAIN[:2], "--max_steps", 1)  # what is slow the first time
     started = time.monotonic()
-    expected = (train_tiny(data, *TRAIN) / "adapter_model.safetensors").read_bytes()
+    whole_run = train_tiny(data, *more)
+    expected = (whole_run / "adapter_model.safetensors").read_bytes()
     seconds = time.monotonic() - started
-    arguments = ["--model_id", TINY, "--dataset", data, "--output_dir", output, *TRAIN]
+    arguments = ["--model_id", TINY, "--dataset", data, "--output_dir", output, *more]
     arguments += ["--resume_from_checkpoint", "auto"]
     rng, kills, finished, steps = random.Random(11), 0, 0, set()
     with open(tmp_path / "log.txt", "w+") as log:
-        while kills < KILLS or not finished:
+        while kills < most_kills or not finished:
             process = train_in_a_process(arguments, log)
-            if kills < KILLS:
+            if kills < most_kills:
                 time.sleep(rng.uniform(0.1, 0.5) * seconds)
                 os.kill(process, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -64,6 +76,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(pages, train_
             if code == 0:
                 adapters = [path.read_bytes() for path in output.glob("*/adapter_model.safetensors")]
                 assert adapters == [expected]
+                assert evaluations(runs[0]) == evaluations(whole_run)
                 finished += 1
                 os.rename(output, tmp_path / f"finished-{finished}")
             else:
