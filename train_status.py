@@ -12,9 +12,9 @@ import time
 
 from tqdm import tqdm
 
-from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.hub import locate
-from mistral_ft.status import RUNNING, read_status
+from mistral_ft.status import RUNNING, STATUS_FILE, read_status
 
 
 def parse_arguments():
@@ -47,7 +47,10 @@ def main() -> int:
     while args.wait and status["state"] in RUNNING:
         time.sleep(1)
         status = read_status(folder)
-    print(json.dumps(status) if args.json else describe(status))
+    try:
+        print(json.dumps(status) if args.json else describe(status))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{folder / STATUS_FILE}: broken: what should be a number is none") from None
     return 0 if status["state"] in (*RUNNING, "done") else 1
 
 

@@ -91,6 +91,13 @@ def test_a_folder_without_status(tmp_path, run_cli):
     assert err == f"error: {tmp_path / 'status.json'}: missing; is {tmp_path} the folder of a run?\n"
 
 
+@pytest.mark.parametrize("change", [{"loss": "low"}, {"step": 3, "steps": None, "loss": None}, {"seconds_left": []}])
+def test_a_status_that_someone_broke_is_one_line(change, tmp_path, run_cli):
+    Status(tmp_path).update("training", **change)
+    code, _, err = run_cli("train_status", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path / 'status.json'}: broken: what should be a number is none\n")
+
+
 def test_a_plot_shows_what_there_is():
     losses = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
     plain = loss_plot(losses, None)
