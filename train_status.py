@@ -9,6 +9,7 @@ run's process is no more. The exit code is 0 while it runs and when it is done, 
 
 import json
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def main() -> int:
     try:
         print(json.dumps(status) if args.json else describe(status))
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"{folder / STATUS_FILE}: broken: what should be a number is none") from None
+        raise UserError(f"{Path(folder, STATUS_FILE)}: broken: what should be a number is none") from None
     return 0 if status["state"] in (*RUNNING, "done") else 1
 
 
