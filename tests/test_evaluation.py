@@ -421,6 +421,7 @@ def test_held_out_records_are_not_trained(pages, train_tiny, run_cli):
     assert "holds no complete checkpoint" in err
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(pages, train_tiny, tmp_path):
     data = write_jsonl(pages / "seven.jsonl", read_rows(pages / "train.jsonl")[1:])
     common = ("--max_steps", 2, "--eval_dataset", data, "--eval_steps", 1, "--save_strategy", "no")
@@ -433,6 +434,7 @@ def test_two_processes_evaluate_what_one_does(pages, train_tiny, tmp_path):
     assert evaluations(one)[0].keys() >= {"eval_loss", "eval_exact_match", "eval_cer"}
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_evaluated_by_its_loss(pages, tmp_path):
     data = pages / "train.jsonl"
     done = together(
