@@ -16,10 +16,11 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft import model as model_module
 from mistral_ft.arguments import FOUR_BITS, LoraArguments
-from mistral_ft.layers import LoraLinear, Seeds
+from mistral_ft.layers import LoraLinear
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import load_base
 from tests.conftest import read_rows
+from tests.lora_layers import by_peft_and_by_us
 from tests.tiny_models import write_model
 
 CPU = torch.device("cpu")
@@ -46,21 +47,11 @@ def test_the_text_layers_and_nothing_else_are_rounded(base):
 
 def test_our_lora_layer_gives_what_peft_gives(base):
     ours = add_adapter(load_base(base, CPU, rounding=FOUR_BITS), LoraArguments(lora_dropout=0), "base")
-    for name, parameter in ours.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    ids = torch.arange(5, 25)[None]
-    expected = ours(input_ids=ids).logits
-    expected.logsumexp(-1).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in ours.named_parameters() if p.requires_grad}
-    ours.zero_grad()
-    Seeds(ours)
+    (expected, gradients), (found, own) = by_peft_and_by_us(ours, torch.arange(5, 25)[None])
     assert sum(isinstance(module, LoraLinear) for module in ours.modules()) == 14
-    found = ours(input_ids=ids).logits
-    found.logsumexp(-1).sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own[name], gradient, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("more", [[], ["--use_dora", "True", "--optim", "adamw_8bit"]])

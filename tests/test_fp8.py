@@ -14,6 +14,7 @@ from mistral_ft.layers import LayerRunner, LoraLinear, Seeds
 from mistral_ft.lora import Adapter, add_adapter
 from mistral_ft.model import check_rounding, load_base
 from tests.conftest import TINY, read_rows
+from tests.lora_layers import by_peft_and_by_us
 
 CPU = torch.device("cpu")
 
@@ -79,21 +80,11 @@ def test_our_lora_layer_gives_what_peft_gives_and_its_matrices_are_not_rounded()
     assert {p.dtype for p in trained.values()} == {torch.float32}
     first = next(p for name, p in trained.items() if "lora_A" in name)
     assert not torch.equal(first, first.to(E4M3).float())
-    for name, parameter in trained.items():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    ids = torch.arange(20, 40)[None]
-    expected = model(input_ids=ids).logits
-    expected.logsumexp(-1).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in trained.items()}
-    model.zero_grad()
-    Seeds(model)
+    (expected, gradients), (found, own) = by_peft_and_by_us(model, torch.arange(20, 40)[None])
     assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 28
-    found = model(input_ids=ids).logits
-    found.logsumexp(-1).sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for name, gradient in gradients.items():
-        similarity = torch.nn.functional.cosine_similarity(trained[name].grad.flatten(), gradient.flatten(), dim=0)
+        similarity = torch.nn.functional.cosine_similarity(own[name].flatten(), gradient.flatten(), dim=0)
         assert similarity > 0.999, name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
