@@ -18,9 +18,8 @@ from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import Record
 
 MAX_NEW_TOKENS = 300  # as predict's default
-MAX_TEXT_TOKENS = (
-    2048  # plain text is read in pieces of so many: their logits are there at once, 1 GiB with 131,072 ids
-)
+# Plain text is read in pieces of so many tokens: their logits are there at once, 1 GiB with 131,072 ids.
+MAX_TEXT_TOKENS = 2048
 
 
 @dataclass
@@ -82,7 +81,9 @@ class MergeComparer:
         self.encoder = PromptEncoder.from_folder(base)
         fitter = ImageFitter.from_folder(base)
         check_images(records, fitter)
-        self.texts = [record.text for record in records if record.text is not None]
+        texts = [record.text for record in records if record.text is not None]
+        self.text_count = len(texts)
+        self.pieces = [piece for text in texts for piece in self.encoder.pieces(text, MAX_TEXT_TOKENS)]
         asked = [record for record in records if record.text is None]
         self.dataset = RecordDataset(asked, self.encoder, fitter, with_answers=False)
         for index in range(len(asked)):
@@ -111,17 +112,14 @@ class MergeComparer:
             return self.encoder.decode_thinking(ids) + self.encoder.decode(ids)
 
         answers = [(decode(ids), decode(other_ids)) for (ids, _), (other_ids, _) in zip(first, second, strict=True)]
-        texts = len(self.texts), sum(len(piece) for piece in self._pieces())
+        texts = self.text_count, sum(map(len, self.pieces))
         return MergeComparison(answers, texts, (nll, merged_nll), difference, (low, high))
-
-    def _pieces(self) -> list[list[int]]:
-        return [piece for text in self.texts for piece in self.encoder.pieces(text, MAX_TEXT_TOKENS)]
 
     @torch.inference_mode()
     def _read(self, model: nn.Module, device: torch.device) -> float:
         """Negative log-likelihood of all plain texts, in nats."""
         nll = 0.0
-        for piece in self._pieces():
+        for piece in self.pieces:
             ids = torch.tensor([self.encoder.frame(piece)[0]], device=device)
             logits = model(input_ids=ids).logits[0, :-1].float()
             nll += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
