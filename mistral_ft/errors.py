@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ def run_step(main: Callable[[], int | None]) -> None:
     for name in ("stdout", "stderr"):  # None if the caller has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+    # transformers imports it wherever it is installed, and on CPUs with AVX512-BF16 it warns of a kernel not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
     try:
         code = main() or 0

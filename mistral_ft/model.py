@@ -201,6 +201,11 @@ def load_base(
         if report[kind]:
             example = min(map(str, report[kind]))
             raise UserError(f"{folder}: {len(report[kind])} weights are {what} for its config.json, such as {example}")
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes would repack 4-bit weights at the first product outside of training: it
+        # takes only some shapes, rounds products to bf16, and has no gradient when training goes on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if page_class:
         # It adds methods only. A subclass of the whole would not do: transformers finds the key mapping by class name.
         model.model.__class__ = page_class

@@ -86,6 +86,16 @@ def test_vision_flags_without_a_page(train, pages):
     assert line == "--vision_lora and --train_projector have no effect: no record has an image"
 
 
+def test_what_bitsandbytes_says_of_its_kernels_is_not_for_our_users():
+    """On CPUs with AVX512-BF16 it warns while transformers imports it, in every step that loads torch."""
+    code = (
+        "import logging; from mistral_ft.errors import run_step\n"
+        "run_step(lambda: logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_base_is_not_sharded_over_one_process(train):
     assert train("--shard_base", True) == (
         "--shard_base True needs several processes: start them with torchrun --nproc_per_node"

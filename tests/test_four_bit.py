@@ -10,7 +10,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("mistral_common")  # not to be had for Python 3.10
 pytest.importorskip("sentencepiece")
 
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, modules
 from torch import nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
@@ -24,6 +24,12 @@ from tests.lora_layers import by_peft_and_by_us
 from tests.tiny_models import write_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["any CPU", "AVX512-BF16"])
+def cpu(request, monkeypatch):
+    """Each test on both kinds of CPU that bitsandbytes tells apart, whichever this one is."""
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,27 @@ def test_the_text_layers_and_nothing_else_are_rounded(base):
         assert weight.numel() == exact.get_submodule(name).weight.numel() // 2  # two to a byte
     other = [n for n, p in model.named_parameters() if n.rpartition(".")[0] not in rounded]
     assert {model.get_parameter(name).dtype for name in other} == {torch.float32}
+
+
+def test_evaluating_leaves_the_weights_as_they_are(base):
+    """Repacked weights would give other products, and no gradients when training goes on."""
+    model, ids = load_base(base, CPU, rounding=FOUR_BITS), torch.arange(5, 25)[None]
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    found = []
+    for _ in range(2):
+        logits = model.train()(inputs_embeds=embedded).logits
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits, embedded.grad))
+        embedded.grad = None
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    assert found[0][1].abs().min(dim=-1).values.sum() > 0
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in four_bit_layers(model))
+
+
+def four_bit_layers(model: nn.Module) -> list[Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def test_our_lora_layer_gives_what_peft_gives(base):
