@@ -117,6 +117,7 @@ def main() -> int:
     from mistral_ft.progress import Progress
     from mistral_ft.rows import data_files
     from mistral_ft.run_folder import versions
+    from mistral_ft.workers import WorkerLost
 
     quiet_libraries()
     join(TIMEOUT_SECONDS, torch.cuda.is_available(), "gloo")  # what the processes tell each other is text
@@ -172,11 +173,10 @@ def main() -> int:
                     accuracy = predictions.hits / max(1, predictions.scored)
                     text = f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}"
                     progress.update(len(answers), text if predictions.scored else "")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkerLost) as stop:
         progress.close()
-        raise KeyboardInterrupt(
-            f"stopped: {progress.done} of {len(rows)} rows are done; the same command continues"
-        ) from None
+        done = f"{progress.done} of {len(rows)} rows are done; the same command continues"
+        raise type(stop)(f"{stop} {done}" if isinstance(stop, WorkerLost) else f"stopped: {done}") from None
     progress.close()
 
     # 5. The file, whole.

@@ -72,6 +72,11 @@ def run_step(main: Callable[[], int | None]) -> None:
     # What a scheduler sends is cleaned up after like Ctrl-C.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        # OpenMP's threads wait for each other after every product. Where another program takes a core, waiting busily,
+        # as they do by themselves, made training 12 times slower; waiting some microseconds first costs nothing on an
+        # idle machine (bench/busy_machine.py). To be said before torch is imported; PASSIVE is for other OpenMPs.
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     for name in ("stdout", "stderr"):  # None if the caller has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open

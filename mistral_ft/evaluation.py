@@ -21,7 +21,7 @@ from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
 from mistral_ft.records import Record
 from mistral_ft.splitting import Splitter
-from mistral_ft.stopping import leave_signals_to_the_parent
+from mistral_ft.workers import Sending, batches, start_worker, usable_workers
 
 
 def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool]:
@@ -110,17 +110,17 @@ class Evaluator:
     def _loss(self, trainer: Any, packs: list[list[int]], progress: Progress) -> float:
         args, pad = trainer.args, self.dataset.encoder.control.pad
         room = None if self.length is None else max(map(len, packs)) + 1
-        batches = DataLoader(
+        loader = DataLoader(
             PackedDataset(self.dataset, packs),
             batch_sampler=PackBatches(len(packs), args.per_device_train_batch_size, seed=0),
-            collate_fn=TrainingCollator(pad, self.length, room),
-            num_workers=args.dataloader_num_workers,
+            collate_fn=Sending(TrainingCollator(pad, self.length, room)),
+            num_workers=usable_workers(args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # a loader draws a number: not from the training's
         )
         summed, labels = 0.0, 0
-        for batch in batches:
+        for batch in batches(loader):
             del batch["num_tokens"]
             labels += len(batch["label_positions"])
             inputs = trainer._prepare_inputs(batch)

@@ -41,6 +41,8 @@ from mistral_ft.predictions import PREDICTED
 from mistral_ft.prompt import PromptEncoder, encode_record
 from mistral_ft.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.run_folder import find_run_folder, trained_tokenizer
+from mistral_ft.workers import batches as read
+from mistral_ft.workers import start_worker, usable_workers
 
 # Records answered at once, at most, where the batch size is chosen. More of them share a sweep over the weights, but
 # wait for the longest answer among them.
@@ -342,17 +344,17 @@ class Generator:
         self, records: Sequence[Record], batches: Sequence[Sequence[int]]
     ) -> Iterator[dict[int, Answer | Reading]]:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
-        on_gpu = self.device.type == "cuda"
+        workers = usable_workers(page_workers(self.device))
         pages = DataLoader(
             _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False)),
             batch_size=None,  # row by row, so that all workers read for the first batch
             sampler=[index for batch in batches for index in batch],
             collate_fn=_as_it_is,
-            # On a CPU the model needs the cores itself.
-            num_workers=min(8, os.cpu_count()) if on_gpu else 0,
-            prefetch_factor=8 if on_gpu else None,
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            worker_init_fn=start_worker,
         )
-        rows = iter(pages)
+        rows = read(pages)
         for batch in batches:
             found = dict(itertools.islice(rows, len(batch)))
             good = {index: example for index, example in found.items() if not isinstance(example, str)}
@@ -440,6 +442,11 @@ class Generator:
             ends = token_ends([self.encoder.decode(ids[: count + 1]) for count in range(len(ids))])
             fields = field_confidences(text, ends, log_probs)
         return Answer(text, tuple(log_probs), fields, finished, thinking)
+
+
+def page_workers(device: torch.device) -> int:
+    """How many processes read pages; on a CPU the model needs the cores itself."""
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 
 
 class _Prompts:

@@ -1,9 +1,7 @@
 """Ending a run from outside: the first signal asks for it, a second one insists."""
 
-import os
 import signal
 import sys
-import threading
 import time
 from types import TracebackType
 from typing import NoReturn
@@ -35,22 +33,6 @@ class Stop:
             insist()
         self.requested = True
         print(f"{signal.Signals(number).name}: saving after this step; again ends at once", file=sys.stderr, flush=True)
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """For a DataLoader's workers: a signal to all processes at once must not take the next step's pages away."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    """SIGTERM is obeyed if the parent sent it, which ends its workers so."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def insist() -> NoReturn:

@@ -36,7 +36,8 @@ from mistral_ft.layers import EmbeddingNoise, Seeds
 from mistral_ft.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.run_log import RunLog
 from mistral_ft.status import Status
-from mistral_ft.stopping import Stop, Timer, leave_signals_to_the_parent
+from mistral_ft.stopping import Stop, Timer
+from mistral_ft.workers import Sending, WorkerLost, start_worker, usable_workers, waiting_for_workers
 
 # Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
 LABELS_AT_ONCE = 2048
@@ -141,15 +142,16 @@ class FinetuneTrainer(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             args.dataloader_drop_last,
         )
+        workers = usable_workers(args.dataloader_num_workers)
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            collate_fn=Sending(self.data_collator),
+            num_workers=workers,
+            worker_init_fn=start_worker,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
 
     def train(self, *args, **kwargs):
@@ -196,6 +198,15 @@ class FinetuneTrainer(Trainer):
         count = sum(len(batch["label_positions"]) for batch in batch_samples)
         return total(count, device)
 
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's; if a worker process has died, the last whole step is saved."""
+        try:
+            with waiting_for_workers():
+                return super().get_batch_samples(*args, **kwargs)
+        except WorkerLost as error:
+            saved = f"step {self.state.global_step} is saved, " if self._rescue(self.model) else ""
+            raise UserError(f"{error} {saved}go on with a smaller --dataloader_num_workers, or 0") from None
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's; at the last micro-batch of a step the gradients become the sum of all processes'.
 
@@ -212,6 +223,7 @@ class FinetuneTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:
+            _set_random_state(self._random_state)
             self._rescue(model)
             raise
         self._losses.append(loss)
@@ -219,16 +231,23 @@ class FinetuneTrainer(Trainer):
             self._meet()
         return loss * world_size()
 
-    def _rescue(self, model) -> None:
-        """Save the last whole step if no memory is left for the next one; several processes cannot agree on it."""
-        newest = checkpoints.newest_first(Path(self.args.output_dir))[:1]
-        if world_size() > 1 or self.state.global_step in (0, *map(checkpoints.step_of, newest)):
-            return
+    def _rescue(self, model) -> bool:
+        """Save the last whole step if the next one cannot be made; several processes cannot agree on it.
+
+        Returns:
+            Whether there is a checkpoint of it.
+        """
+        step, newest = self.state.global_step, checkpoints.newest_first(Path(self.args.output_dir))[:1]
+        if step in map(checkpoints.step_of, newest):
+            return True
+        if world_size() > 1 or step == 0:
+            return False
         model.zero_grad()
         torch.cuda.empty_cache()
-        _set_random_state(self._random_state)
         with contextlib.suppress(UserError, torch.OutOfMemoryError):
             self._save_checkpoint(model, None)
+            return True
+        return False
 
     def _meet(self) -> None:
         """Agree with the other processes on the gradients, and on whether to save and to stop."""
