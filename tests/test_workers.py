@@ -151,7 +151,7 @@ def test_a_worker_killed_in_a_prediction(run_cli, monkeypatch, pages, tmp_path):
     def read(self, index):
         seen.value += 1
         if seen.value == 5 and get_worker_info() is not None:
-            while len(partial.read_text().splitlines()) < 1 + 4:
+            while not partial.exists() or len(partial.read_text().splitlines()) < 1 + 4:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, index)
