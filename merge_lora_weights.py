@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, unix_only=True)

@@ -1,15 +1,31 @@
 #!/usr/bin/env bash
 # The recipe: train an adapter, answer the test set with it and with the base, score, and say how to merge and how to
 # review. Edit the settings and run it again.
-set -euo pipefail
-cd "$(dirname "$0")"
+. "$(dirname "$0")/setup.sh"
 
-# First use: a virtual environment with the pinned packages.
-if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --upgrade -r requirements.txt
-    touch .venv/.installed
-fi
+case $#:${1:-} in
+0:) ;;
+*:-h | *:--help)
+    cat <<'END'
+usage: [NAME=VALUE …] ./run.sh
+
+Trains an adapter, answers the test set with it and with the untrained base, scores both, and prints the commands that
+merge the adapter and show its answers. Makes .venv and installs the pinned packages on first use.
+
+What the environment sets (files: relative to this folder):
+  train_file   records to learn (default: dataset/train.jsonl)
+  test_file    records to answer and score (default: dataset/test.jsonl)
+  base         the model to train, such as base=models/tiny ./run.sh (default: chosen by the GPU's memory)
+  PYTHON       the Python that makes .venv, 3.10 to 3.14 (default: python3)
+
+All other settings stand in run.sh, one per line: edit them there. python -m train --help explains them.
+END
+    exit
+    ;;
+*) stop "run.sh takes no arguments but got: $* (see ./run.sh --help)" ;;
+esac
+
+set_up .installed requirements.txt
 . .venv/bin/activate
 
 gpu_gib=$(python -c 'import torch as t; print(t.cuda.get_device_properties(0).total_memory >> 30 if t.cuda.is_available() else 0)')

@@ -1,13 +1,25 @@
 #!/usr/bin/env bash
 # Lint and test. ./test.sh runs the fast tests; arguments go to pytest: ./test.sh -m slow
-set -euo pipefail
-cd "$(dirname "$0")"
+. "$(dirname "$0")/setup.sh"
 
-if [ ! -f .venv/.installed-dev ] || [ requirements-dev.txt -nt .venv/.installed-dev ] || [ requirements.txt -nt .venv/.installed-dev ] || [ requirements-4bit.txt -nt .venv/.installed-dev ]; then
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --upgrade -r requirements-dev.txt
-    touch .venv/.installed .venv/.installed-dev
-fi
+case ${1:-} in
+-h | --help)
+    cat <<'END'
+usage: ./test.sh [pytest's arguments]
+
+Checks the code with ruff and runs the fast tests. Makes .venv and installs the pinned packages on first use; PYTHON
+names the Python for it, 3.10 to 3.14 (default: python3).
+
+  ./test.sh -m slow                  the tests that take minutes
+  ./test.sh -m gpu                   those that need a GPU
+  ./test.sh tests/test_score.py      one file
+  .venv/bin/python -m pytest --help  pytest's own arguments
+END
+    exit
+    ;;
+esac
+
+set_up .installed-dev requirements-dev.txt requirements.txt requirements-4bit.txt
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 1800
 # Seconds between two looks at how the others are, and those that a process has to clean up before it is ended.
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 10.0
 # The signal by which a process's watch asks its main thread to end, also out of a collective operation of gloo.
-END = signal.SIGUSR2
+END = getattr(signal, "SIGUSR2", None)  # Windows has none, nor runs of several processes
 
 
 def rank() -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import logging
 import os
 import signal
@@ -63,15 +64,20 @@ class ArgumentParser(OneLineErrors, argparse.ArgumentParser):
     """argparse's parser, with errors of one line."""
 
 
-def run_step(main: Callable[[], int | None]) -> None:
+def run_step(main: Callable[[], int | None], unix_only: bool = False) -> None:
     """Run an entry point and exit: 0 or what `main` returns, 2 on a user's mistake, 130 on Ctrl-C.
 
     A user's mistake (`UserError`, or the operating system refusing a file) ends in one line on stderr. Anything else
     is our bug and keeps its traceback. Of several processes, the first one that fails says so.
+
+    Args:
+        main: the step.
+        unix_only: whether the step needs file locks or signals that Windows lacks. There it is refused.
     """
     # What a scheduler sends is cleaned up after like Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
+    for name in ("SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         # OpenMP's threads wait for each other after every product. Where another program takes a core, waiting busily,
         # as they do by themselves, made training 12 times slower; waiting some microseconds first costs nothing on an
@@ -84,6 +90,8 @@ def run_step(main: Callable[[], int | None]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
     try:
+        if unix_only and importlib.util.find_spec("fcntl") is None:
+            raise UserError("this step needs Linux, macOS or WSL: Windows lacks its file locks and signals")
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:

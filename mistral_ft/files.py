@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and their fingerprints."""
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -36,7 +35,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         # mkstemp makes files that only their owner can read; give them what open() would have given.
-        os.fchmod(handle, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -103,6 +102,8 @@ def _lock(folder: Path) -> Iterator[bool]:
 
     That is so while another process holds it, and on disks of other machines that know no such locks.
     """
+    import fcntl  # not on Windows, where score and others need only the rest of this module
+
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -136,7 +137,12 @@ def settle(path: str | os.PathLike) -> None:
 
 def fsync_path(path: str | os.PathLike) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):  # Windows opens no folders, nor does Linux those that may only be written
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
