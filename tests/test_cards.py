@@ -4,6 +4,7 @@ nvidia-smi is a script on PATH here, /proc and /sys are folders, and torch says 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -470,6 +471,51 @@ def test_run_sh_stops_on_a_card_too_small_for_the_24b(gpus, gib, smaller):
         f"more; {smaller}{SAMPLE}"
     )
     assert choose_base("models/tiny") == (len(gib), "models/tiny")
+
+
+@pytest.fixture
+def run_sh(tmp_path):
+    """Run run.sh behind its set-up, with a python that answers for the cards and notes what else is asked of it."""
+    script = (ROOT / "run.sh").read_text(encoding="utf-8")
+    script = "set -euo pipefail\n" + script[script.index("# All GPUs that are visible") :]
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\n"
+            'if [ "$2" = mistral_ft.cards ]; then echo "asked for ($3)" >> log; echo "$CARDS"; exit "$CODE"; fi\n'
+            f'echo "{name} $* on (${{CUDA_VISIBLE_DEVICES-all}})" >> log\necho "Adapter saved in output/name"\n'
+        )
+        (tmp_path / name).chmod(0o755)
+
+    def run(cards: str, code: int = 0, **environment: str) -> tuple[int, list[str]]:
+        kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "base")}
+        environment = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "CARDS": cards, "CODE": str(code)} | environment
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, (tmp_path / "log").read_text().splitlines()
+
+    return run
+
+
+def test_run_sh_starts_nothing_where_the_cards_say_so(run_sh):
+    assert run_sh("", 2) == (2, ["asked for ()"])
+
+
+@pytest.mark.parametrize(
+    ("cards", "base", "launcher", "model", "epochs", "where"),
+    [
+        ("0 models/tiny", "", "python", "models/tiny", 2, "()"),
+        ("1 models/tiny", "models/tiny", "python", "models/tiny", 2, "(all)"),
+        ("1 mistralai/X", "", "python", "mistralai/X", 3, "(all)"),
+        ("2 mistralai/X", "mistralai/X", "torchrun", "mistralai/X", 3, "(all)"),
+    ],
+)
+def test_run_sh_has_every_step_use_the_same_base_and_cards(run_sh, cards, base, launcher, model, epochs, where):
+    code, (asked, train, predict, predict_base, *rest) = run_sh(cards, base=base)
+    assert (code, asked) == (0, f"asked for ({base})")
+    assert re.match(rf"{launcher} .*-m train --model_id {model} .*--num_train_epochs {epochs} ", train)
+    assert train.endswith(f" on {where}")
+    assert predict.endswith(f"-m predict dataset/test.jsonl output/name on {where}")
+    assert predict_base.endswith(f"-m predict dataset/test.jsonl {model} -o base.jsonl on {where}")
+    assert [line.split()[2] for line in rest] == ["score", "score"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where torch cannot use the card")
