@@ -64,7 +64,7 @@ def main() -> None:
         match_updates,
         merge_weights,
     )
-    from mistral_ft.model import pick_device, quiet_libraries
+    from mistral_ft.model import check_size, pick_device, quiet_libraries
     from mistral_ft.model_card import card_scores, write_model_card
     from mistral_ft.records import read_records
     from mistral_ft.shards import read_checkpoint
@@ -72,6 +72,7 @@ def main() -> None:
     quiet_libraries()
     scores = card_scores(args.predictions) if args.predictions else None
     records = read_records([args.compare_on], args.images_dir)[: args.limit or 16] if args.compare_on else []
+    device = pick_device() if records else None
 
     # 2. The adapter, the base, and which tensor of the base each of its updates belongs to.
     adapter = Adapter(folder)
@@ -84,6 +85,7 @@ def main() -> None:
     if records:
         from mistral_ft.merge_comparison import MergeComparer
 
+        check_size(base_model, base, device)
         comparer = MergeComparer(records, base, adapter)
 
     # 3. Tensor by tensor into a temporary folder, which gets its name when all in it is proven.
@@ -104,7 +106,7 @@ def main() -> None:
 
     # 4. The same answers as with the adapter unmerged?
     if records:
-        comparison = comparer.run(args.output_dir, pick_device())
+        comparison = comparer.run(args.output_dir, device)
         comparison.print(args.compare_on)
 
     # 5. The hub.

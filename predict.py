@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.cards import use_gpu
 from mistral_ft.distributed import (
     TIMEOUT_SECONDS,
     finish,
@@ -108,11 +109,9 @@ def main() -> int:
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
-    import torch
-
     from mistral_ft.files import sha256_file
     from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-    from mistral_ft.model import check_rounding, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model import check_rounding, check_size, pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.predictions import Predictions
     from mistral_ft.progress import Progress
     from mistral_ft.rows import data_files
@@ -120,12 +119,17 @@ def main() -> int:
     from mistral_ft.workers import WorkerLost
 
     quiet_libraries()
-    join(TIMEOUT_SECONDS, torch.cuda.is_available(), "gloo")  # what the processes tell each other is text
-    device = pick_device(args.gpu_memory_gib)
+    on_gpu = use_gpu()
+    join(TIMEOUT_SECONDS, on_gpu, "gloo")  # what the processes tell each other is text
+    device = pick_device(args.gpu_memory_gib, use_cpu=not on_gpu)
 
     # 2. The model's folders and prompt settings; the weights come later.
     folders = ModelFolders.find(args.model, args.load_in_4bit, args.base_dtype)
     check_rounding(folders.rounding, device)
+    taken = f"--base_dtype {args.base_dtype}" if args.base_dtype else None
+    taken = "--no-load_in_4bit" if args.load_in_4bit is False else taken
+    four_bits = "--load_in_4bit" + (f" instead of {taken}" if taken else "")
+    check_size(folders.base, folders.folder, device, folders.rounding, smaller=four_bits)
     encoder, fitter = folders.load_prompt()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.

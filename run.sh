@@ -28,17 +28,20 @@ esac
 set_up .installed requirements.txt
 . .venv/bin/activate
 
-gpu_gib=$(python -c 'import torch as t; print(t.cuda.get_device_properties(0).total_memory >> 30 if t.cuda.is_available() else 0)')
+# All GPUs that are visible, each with a copy of the base (CUDA_VISIBLE_DEVICES=0 for one): an optimizer step then learns
+# from that many times more records. The base is the 24B, or the embedded one where there is no GPU; a card that is too
+# small or that torch cannot use ends it here. To choose: base=models/tiny ./run.sh
+found=$(python -m mistral_ft.cards "${base:-}")
+read -r gpus base <<< "$found"
 
 # The task: the titles of letters. The sample holds another, number, date and total of invoices as JSON:
 #     train_file=dataset/train-invoices.jsonl test_file=dataset/test-invoices.jsonl ./run.sh
 train_file=${train_file:-dataset/train.jsonl}
 test_file=${test_file:-dataset/test.jsonl}
 
-if [ "$gpu_gib" -ge 70 ]; then
+if [ "$base" != models/tiny ]; then
 
 # ---- Settings for Mistral-Small-3.1-24B on a card of 80 GB -----------------------------------------------------------
-base=mistralai/Mistral-Small-3.1-24B-Instruct-2503
 settings=(
     --model_id "$base"
     --dataset "$train_file"
@@ -65,10 +68,9 @@ settings=(
 # ----------------------------------------------------------------------------------------------------------------------
 
 else
-echo "No GPU of 70 GiB or more here: using the embedded base models/tiny, which reads the sample's print."
+[ "$gpus" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
 
 # ---- Settings for the embedded base ----------------------------------------------------------------------------------
-base=models/tiny
 settings=(
     --model_id "$base"
     --dataset "$train_file"
@@ -90,9 +92,6 @@ settings=(
 
 fi
 
-# All GPUs that are visible, each with a copy of the base (CUDA_VISIBLE_DEVICES=0 for one). An optimizer step then learns
-# from that many times more records.
-gpus=$(python -c 'import torch as t; print(t.cuda.device_count())')
 step() {
     if [ "$gpus" -gt 1 ]; then torchrun --standalone --nproc_per_node "$gpus" -m "$@"; else python -m "$@"; fi
 }

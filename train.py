@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mistral_ft.arguments import (
     EPILOG,
+    FOUR_BITS,
     FP8,
     CheckpointArguments,
     DataArguments,
@@ -89,7 +90,9 @@ def main() -> None:
     from mistral_ft.model import (
         check_model_folder,
         check_rounding,
+        check_size,
         held_bytes,
+        is_four_bit,
         load_base,
         pick_device,
         print_peak_memory,
@@ -127,7 +130,11 @@ def main() -> None:
 
     # 3. Pages and tokens: every image is opened and every record encoded before the weights are loaded.
     base = find_model_folder(model_args.model_id, weights=False)
-    check_model_folder(base)
+    rounding = FOUR_BITS if is_four_bit(check_model_folder(base)) else model_args.rounding
+    taken = "--shard_base True" if speed_args.shard_base else "--base_dtype fp8" if rounding == FP8 else None
+    four_bits = "--load_in_4bit True" + (f" instead of {taken}" if taken else "")
+    processes = world_size() if speed_args.shard_base else 1
+    check_size(model_args.model_id, base, device, rounding, processes, four_bits, bool(args.given.get("use_cpu")))
     encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
     if fitter is None and (lora_args.vision_lora or lora_args.train_projector):
         raise UserError(f"--vision_lora and --train_projector: {model_args.model_id} has no vision tower")

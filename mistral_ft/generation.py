@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,14 @@ from mistral_ft.hub import find_model_folder
 from mistral_ft.images import ImageFitter
 from mistral_ft.json_fields import field_confidences, token_ends, value_spans
 from mistral_ft.layers import Seeds
-from mistral_ft.lora import TEXT_LAYERS, Adapter
+from mistral_ft.lora import Adapter
 from mistral_ft.model import (
-    ARCHITECTURES,
     check_model_folder,
     is_four_bit,
     limit_gib,
     load_base,
     text_model,
+    weight_bytes,
 )
 from mistral_ft.pages import page_size
 from mistral_ft.predictions import PREDICTED
@@ -226,16 +225,9 @@ def cache_tokens(folders: ModelFolders, device: torch.device, longest: int) -> i
         folders: of the model; only its config.json is read.
         longest: tokens of the longest prompt.
     """
-    config = AutoConfig.from_pretrained(folders.folder)
-    with torch.device("meta"):
-        model = ARCHITECTURES[config.model_type][0](config)
-    # Rounded weights with their scales, and the adapter beside them in fp32: together at most so many bytes a weight.
-    layer = {FOUR_BITS: 0.55, FP8: 1.05, None: 2}[folders.rounding]
-    weights = sum(
-        p.numel() * (layer if re.fullmatch(rf"({TEXT_LAYERS})\.weight", name) else 2)
-        for name, p in model.named_parameters()
-    )
-    return tokens_that_fit(limit_gib(device) * 2**30 - weights, config.get_text_config(), longest)
+    text = AutoConfig.from_pretrained(folders.folder).get_text_config()
+    free = limit_gib(device) * 2**30 - weight_bytes(folders.folder, folders.rounding)
+    return tokens_that_fit(free, text, longest)
 
 
 def tokens_that_fit(free: float, text: Any, longest: int) -> int:

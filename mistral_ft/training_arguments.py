@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from mistral_ft.arguments import BETTER_HIGH, METRICS, changed_fields
+from mistral_ft.cards import ON_CPU, use_gpu
 from mistral_ft.distributed import join
 from mistral_ft.errors import UserError
 
@@ -67,7 +68,7 @@ class FinetuneArguments(TrainingArguments):
         problems = [
             f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
         ]
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        on_gpu = use_gpu(self.use_cpu, f"{ON_CPU} or give --use_cpu True")
         if self.report_to in ("all", ["all"]):
             problems.append("--report_to all: name the trackers, such as --report_to tensorboard")
         if self.bf16 is not None and self.bf16 != on_gpu:

@@ -9,8 +9,19 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from mistral_ft.cards import nvidia_cards, other_card, usable_gpus
+from mistral_ft.errors import UserError
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
+
+# On a machine whose card torch cannot use, every step has its user choose the CPU; the tests choose it here.
+try:
+    card_is_unused = (nvidia_cards()[0] or other_card()) and not usable_gpus()
+except UserError:
+    card_is_unused = True
+if card_is_unused:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models/tiny"
