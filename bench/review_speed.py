@@ -30,12 +30,15 @@ QUERIES = {
 REPEATS = 5
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=100_000)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_arguments()
     titles, answers = random.Random(0), random.Random(1)
     with atomic_write(args.file) as file:
         for number in range(args.rows):
