@@ -11,10 +11,8 @@ models, to try the script, on a CPU too.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,13 +20,14 @@ from pathlib import Path
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from bench import gpu, steps
+from bench.make_pages import make_pages
 from bench.random_24b import config_24b
 from dataset.make_dataset import BODY
 from mistral_ft.prompt import PromptEncoder
-from models.tiny.build import save_weights, write_weights
+from models.tiny.build import save_weights, tiny_config, write_weights
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "models/tiny"
+TINY = steps.ROOT / "models/tiny"
 PROMPT_FILES = ("tekken.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 TEXT_TOKENS = 2048
@@ -49,15 +48,11 @@ def write_base(folder: Path, stage: str, tiny: bool, device: str) -> None:
     for name in PROMPT_FILES:
         shutil.copyfile(TINY / name, folder / name)
     if stage == "24b":
-        config = config_24b(layers=2 if tiny else 40)
-        if tiny:
-            config.text_config.hidden_size, config.text_config.intermediate_size = 256, 512
-            config.text_config.vocab_size, config.vision_config.num_hidden_layers = 4096, 2
-        write_weights(folder, config, seed=0, max_shard_size="5GB", device=device)
+        write_weights(folder, tiny_config() if tiny else config_24b(), seed=0, max_shard_size="5GB", device=device)
         return
     config = config_7b()
     if tiny:
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 512, 2
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size = 256, 512, 2, 4096
     torch.manual_seed(0)
     with torch.device(device):
         model = MistralForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -78,73 +73,65 @@ def write_texts(path: Path, count: int, tokens: int) -> None:
 class Bench:
     """Runs the commands as a user would, and reads what they say."""
 
-    def __init__(self, work: Path, seconds: float, on_gpu: bool):
-        self.work, self.on_gpu = work, on_gpu
-        self.started, self.end = time.monotonic(), time.monotonic() + seconds
+    def __init__(self, work: Path, seconds: float, steps_trained: int):
+        self.work, self.end, self.steps = work, time.monotonic() + seconds, steps_trained
         self.results: list[str] = []
+        self.failed: list[str] = []
 
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
-
-    def command(self, module: str, *arguments) -> list[str] | None:
+    def command(self, name: str, module: str, *arguments, gib: float) -> list[str] | None:
         """The lines a command printed; None if it failed or the time is over."""
+        limit = ["--gpu_memory_gib", gib] if gpu.on_gpu() else []
         left = self.end - time.monotonic()
-        if left < 20:
-            self.say(f"no time left for {module}")
-            return None
-        command = ["timeout", f"{left:.0f}", sys.executable, "-m", module, *map(str, arguments)]
-        self.say(" ".join(command[4:]))
-        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        lines = []
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            self.say(f"  {lines[-1]}")
-        return None if process.wait() else lines
+        if left > 20:
+            print(f"\n{name}: {module} {' '.join(map(str, arguments))}", flush=True)
+            environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+            done = steps.run(module, *arguments, *limit, seconds=left, environment=environment)
+            if not done.code:
+                return done.lines
+        self.failed.append(name)
+        self.results.append(f"{name:44} {'failed' if left > 20 else 'no time left'}")
+        return None
 
     def train(self, name: str, base: Path, data: Path, gib: float, *more) -> Path | None:
-        """Train for 24 steps and note memory and speed; the run's folder."""
-        limit = ["--gpu_memory_gib", gib] if self.on_gpu else []
+        """Train and note memory and speed; the run's folder."""
         lines = self.command(
-            "train", "--model_id", base, "--dataset", data, "--output_dir", self.work / "output",
-            "--load_in_4bit", "True", "--max_steps", 24, "--logging_steps", 8, "--learning_rate", "1e-4",
-            "--save_strategy", "no", *limit, *more,
+            name, "train", "--model_id", base, "--dataset", data, "--output_dir", self.work / "output",
+            "--load_in_4bit", "True", "--max_steps", self.steps, "--logging_steps", self.steps // 3,
+            "--learning_rate", "1e-4", "--save_strategy", "no", *more, gib=gib,
         )  # fmt: skip
         if lines is None:
-            self.results.append(f"{name:44} failed")
             return None
-        run = Path(lines[-1].removeprefix("Adapter saved in "))
-        logs = json.loads((run / "trainer_state.json").read_text())["log_history"]
-        rates = [entry["tokens_per_second"] for entry in logs if "tokens_per_second" in entry][
-            1:
-        ]  # not what is slow once
-        peak = next((line.split()[3] for line in lines if line.startswith("Peak GPU memory")), "-")
-        packed = next((line for line in lines if line.startswith("Packed")), "no packing")
-        speed = len(rates) / sum(1 / rate for rate in rates)
-        self.results.append(f"{name:44} {peak:>6} GiB of {gib:g}, {speed:7,.0f} tokens/s, {packed}")
-        self.say(self.results[-1])
+        run = steps.run_folder(lines)
+        packing = gpu.on_gpu() or "--pack_length" in more
+        packed = steps.said(lines, "(Packed into .+)") if packing else "no packing"
+        speed, peak = steps.tokens_per_second(run), steps.peak_memory(lines)
+        self.results.append(f"{name:44} {peak:>10} of {gib:g}, {speed:7,.0f} tokens/s, {packed}")
+        print(self.results[-1], flush=True)
         return run
 
     def predict(self, name: str, run: Path, data: Path, gib: float) -> None:
         """Answer or read eight records and note the memory and the time, loading included."""
-        limit = ["--gpu_memory_gib", gib] if self.on_gpu else []
         started = time.monotonic()
         output = self.work / f"{data.stem}-{run.name}.jsonl"
-        lines = self.command("predict", data, run, "-o", output, "--limit", 8, "--max_new_tokens", 20, *limit)
-        peak = next((line.split()[3] for line in lines or [] if line.startswith("Peak GPU memory")), "-")
-        how = "failed" if lines is None else f"{peak:>6} GiB of {gib:g}, {time.monotonic() - started:.0f} s in all"
-        self.results.append(f"{name:44} {how}")
+        lines = self.command(name, "predict", data, run, "-o", output, "--limit", 8, "--max_new_tokens", 20, gib=gib)
+        if lines is not None:
+            seconds, peak = time.monotonic() - started, steps.peak_memory(lines)
+            self.results.append(f"{name:44} {peak:>10} of {gib:g}, {seconds:.0f} s in all")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--stages", nargs="+", choices=("7b", "24b"), default=["7b", "24b"])
     parser.add_argument("--seconds", type=float, default=560, help="end what runs after so long (default: 560)")
-    parser.add_argument("--tiny", action="store_true", help="small models, to try this script")
-    args = parser.parse_args()
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench = Bench(args.work, args.seconds, device == "cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models and few steps, to try this script")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = "cuda" if gpu.on_gpu() else "cpu"
+    bench = Bench(args.work, args.seconds, steps_trained=3 if args.tiny else 24)
 
     # 1. Data.
     args.work.mkdir(parents=True, exist_ok=True)
@@ -155,14 +142,14 @@ def main() -> None:
     rows = [{"messages": [{"role": "user", "content": f"What is in article {k}?"}]} for k in range(8)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if "24b" in args.stages:
-        bench.command("bench.make_pages", pages.parent, "--count", 8 if args.tiny else 48)
+        make_pages(pages.parent, count=8 if args.tiny else 48, scale=0.1 if args.tiny else 1)
 
     # 2. Each base: as the defaults have it, then with a change; and answers of the first adapter.
     paged = ("--optim", "paged_adamw_8bit")
     for stage in args.stages:
         base = args.work / stage
         write_base(base, stage, args.tiny, device)
-        bench.say(f"{base} written")
+        print(f"{base} written", flush=True)
         if stage == "7b":
             run = bench.train("7B, text", base, texts, 12, "--pack_length", tokens)
             bench.train("7B, text, --compile False", base, texts, 12, "--pack_length", tokens, "--compile", "False")
@@ -178,8 +165,10 @@ def main() -> None:
             bench.predict(f"{stage}: eight texts read", run, texts, gib)
         shutil.rmtree(base)
 
-    print(f"\n{torch.cuda.get_device_name() if bench.on_gpu else 'CPU'}")
+    print(f"\n{gpu.device_name()}")
     print("\n".join(bench.results))
+    if bench.failed:
+        sys.exit(f"not measured: {', '.join(bench.failed)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,23 +20,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.random_24b import config_24b
+from bench import steps
+from bench.random_24b import add_size_arguments, config_24b
 from mistral_ft.files import fsync_path
 from mistral_ft.lora import TEXT_LAYERS, memory_name
 from mistral_ft.shards import read_checkpoint
-from models.tiny.build import write_weights
+from models.tiny.build import tiny_config, write_weights
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "models/tiny"
+TINY = steps.ROOT / "models/tiny"
 
 
-def write_base(folder: Path, layers: int, device: str) -> None:
+def write_base(folder: Path, config, device: str) -> None:
     """Random weights, with the embedded base's tokenizer and processor files, which a merge only copies and loads."""
     folder.mkdir(parents=True)
     for path in TINY.glob("*.json"):
         if not path.name.startswith("model"):
             shutil.copyfile(path, folder / path.name)
-    write_weights(folder, config_24b(layers), seed=0, max_shard_size="5GB", device=device)
+    write_weights(folder, config, seed=0, max_shard_size="5GB", device=device)
 
 
 def write_adapter(folder: Path, base: Path, rank: int) -> None:
@@ -65,23 +64,12 @@ def copy(source: Path, target: Path) -> None:
         fsync_path(path)
 
 
-def merge(adapter: Path, target: Path) -> tuple[int, int]:
-    """Merge in a process of its own; its peak memory in KiB: anonymous, and with the files it maps."""
-    command = [sys.executable, "-m", "merge_lora_weights", str(adapter), str(target)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    anonymous = resident = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        sizes = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}
-        anonymous = max(anonymous, sizes.get("RssAnon", 0))
-        resident = max(resident, sizes.get("VmRSS", 0))
-        time.sleep(0.02)
-    if process.wait() or not anonymous:
-        sys.exit(f"the merge ended with code {process.returncode}")
-    return anonymous, resident
+def merge(adapter: Path, target: Path) -> steps.Step:
+    """Merge in a process of its own."""
+    done = steps.run("merge_lora_weights", adapter, target, environment={"HF_HUB_OFFLINE": "1"})
+    if done.code:
+        sys.exit(f"the merge ended with code {done.code}")
+    return done
 
 
 def timed(what: str, size: int, function, *arguments):
@@ -94,19 +82,22 @@ def timed(what: str, size: int, function, *arguments):
     return seconds, result
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--layers", type=int, default=40, help="text layers, for a smaller cut")
-    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
     parser.add_argument("--rank", type=int, default=16)
-    args = parser.parse_args()
+    add_size_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
     base, adapter, copied, merged = (work / name for name in ("base", "adapter", "copy", "merged"))
 
     started = time.perf_counter()
-    write_base(base, args.layers, args.device)
+    write_base(base, tiny_config() if args.tiny else config_24b(args.layers), args.device)
     write_adapter(adapter, base, args.rank)
     size = sum(path.stat().st_size for path in base.iterdir())
     seconds, shards = time.perf_counter() - started, len(list(base.glob("*.safetensors")))
@@ -114,9 +105,9 @@ def main() -> None:
 
     copy_seconds, _ = timed("copy", size, copy, base, copied)
     shutil.rmtree(copied)
-    merge_seconds, (anonymous, resident) = timed("merge and proof", size, merge, adapter, merged)
+    merge_seconds, done = timed("merge and proof", size, merge, adapter, merged)
     print(f"ratio {merge_seconds / copy_seconds:.2f}")
-    print(f"peak anonymous memory {anonymous / 2**20:.2f} GiB, with mapped files {resident / 2**20:.2f} GiB")
+    print(f"peak anonymous memory {done.own_gib:.2f} GiB, with mapped files {done.resident_gib:.2f} GiB")
 
 
 if __name__ == "__main__":

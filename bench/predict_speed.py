@@ -5,13 +5,13 @@
     python -m bench.predict_speed /tmp/24b /tmp/pages/pages.jsonl --gpu_memory_gib 78.5
 
 The usual loop is what scripts with peft do: the adapter unmerged, one record at a time, transformers' own forward and
-generate. Random weights hardly ever end an answer; that each has all its tokens is checked. The limit is 2N FLOP per
+generate. Every answer has all its tokens on both sides, whatever the model would end earlier. The limit is 2N FLOP per
 prompt token, what the vision tower's products and attention take at the same rate, and one sweep over the weights per
 step of a batch at 4.3 TB/s.
 """
 
 import argparse
-import gc
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,36 +19,27 @@ from pathlib import Path
 import torch
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from bench.train_speed import matmul_peak
-from mistral_ft.arguments import LoraArguments
+from bench import gpu, steps
 from mistral_ft.data import RecordDataset
 from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-from mistral_ft.lora import add_adapter
 from mistral_ft.model import load_base, pick_device
 from mistral_ft.pages import open_image, page_size
 from mistral_ft.records import read_records
-from mistral_ft.run_folder import Run
 
 BANDWIDTH = 4.3e12  # bytes per second that an H200 reads
 
 
-def make_adapter(folder: Path, output: Path, device: torch.device):
-    """The base with a random adapter that changes its answers, and the adapter's folder."""
-    from mistral_ft.arguments import DataArguments, ModelArguments, SpeedArguments
-    from mistral_ft.training_arguments import FinetuneArguments
-
-    torch.manual_seed(0)
-    model = add_adapter(load_base(folder, device), LoraArguments(), str(folder)).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    settings = {
-        "data": DataArguments(dataset=[]), "model": ModelArguments(model_id=str(folder)), "lora": LoraArguments(),
-        "speed": SpeedArguments(), "training": FinetuneArguments(output_dir=str(output)),
-    }  # fmt: skip
-    run = Run.create(output, settings, folder, 0)
-    run.save_adapter(model)
-    return model, run.folder
+def make_adapter(base: Path, data: Path, output: str, gpu_memory_gib: float | None) -> Path:
+    """Train for one step, so fast that the adapter changes answers; the run's folder."""
+    limit = ["--gpu_memory_gib", gpu_memory_gib] if gpu_memory_gib else []
+    done = steps.run(
+        "train", "--model_id", base, "--dataset", data, "--output_dir", output, "--max_steps", 1, "--learning_rate",
+        "1e-2", "--packing", False, "--compile", False, "--gradient_checkpointing", True, "--save_strategy", "no",
+        *limit,
+    )  # fmt: skip
+    if done.code:
+        sys.exit(f"train ended with {done.code}")
+    return steps.run_folder(done.lines)
 
 
 @torch.inference_mode()
@@ -72,49 +63,54 @@ def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> fl
     settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=11)
     for number, batch in enumerate(inputs):
         if number == 1:
-            torch.cuda.synchronize()
+            gpu.synchronize()
             started = time.perf_counter()
         model.generate(**batch, **settings)
-    torch.cuda.synchronize()
+    gpu.synchronize()
     return count / (time.perf_counter() - started)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, help="records with a page and an expected answer each")
     parser.add_argument("--gpu_memory_gib", type=float)
     parser.add_argument("--new_tokens", type=int, default=20)
     parser.add_argument("--usual", type=int, default=12, help="records for the usual loop")
-    args = parser.parse_args()
-    device, peak = pick_device(args.gpu_memory_gib), matmul_peak()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     records = read_records([args.data])
+    if len(records) <= args.usual:
+        sys.exit(f"{args.data}: the usual loop answers one record to warm up and {args.usual} more; lower --usual")
 
     with tempfile.TemporaryDirectory() as output:
-        model, folder = make_adapter(args.model, Path(output), device)
-        folders = ModelFolders.find(folder)
+        folders = ModelFolders.find(make_adapter(args.model, args.data, output, args.gpu_memory_gib))
+        device, peak = pick_device(args.gpu_memory_gib), gpu.matmul_peak()
         encoder, fitter = folders.load_prompt()
+        model = folders.adapter.put_on(load_base(args.model, device)).eval()
         usual = usual_loop(model, RecordDataset(records, encoder, fitter, False), args.usual, args.new_tokens)
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        gpu.free_memory()
 
         lengths = page_lengths(records, encoder, fitter)
         batches = plan(lengths, folders, device, args.new_tokens)
         started = time.perf_counter()
         generator = Generator(folders, encoder, fitter, device, args.new_tokens)
-        torch.cuda.synchronize()
+        gpu.synchronize()
         loading = time.perf_counter() - started
 
     decoder, parts = generator.decoder, {}
+    decoder.eos = -1  # no id: an answer is as long as the usual loop's, which may not end earlier either
 
     def timed(name, function):
         def call(*arguments, **named):
-            torch.cuda.synchronize()
+            gpu.synchronize()
             before = time.perf_counter()
             result = function(*arguments, **named)
-            torch.cuda.synchronize()
+            gpu.synchronize()
             parts[name] = parts.get(name, 0.0) + time.perf_counter() - before
             return result
 
@@ -123,7 +119,8 @@ def main() -> None:
     def answer() -> float:
         before = time.perf_counter()
         answers = {number: a for part in generator.answer(records, batches) for number, a in part.items()}
-        assert all(len(a.log_probs) == args.new_tokens for a in answers.values()), "an answer ended early"
+        if short := [n for n, a in answers.items() if a.error or len(a.log_probs) != args.new_tokens]:
+            sys.exit(f"{args.data}: not answered with {args.new_tokens} tokens: records {short}")
         return time.perf_counter() - before
 
     seconds = answer()
@@ -145,14 +142,14 @@ def main() -> None:
     tower = sum(2 * sum(p.numel() for p in vision.parameters()) * k + 4 * k * k * width * len(vision) for k in patches)
     weights = sum(p.numel() * 2 for p in text.parameters()) + 2 * decoder.model.lm_head.weight.numel()
     limit = (2 * n * sum(lengths) + tower) / peak + args.new_tokens * len(batches) * weights / BANDWIDTH
-    print(f"\n{torch.cuda.get_device_name()}, matmul peak {peak / 1e12:.0f} TFLOP/s")
+    print(f"\n{gpu.device_name()}, matmul peak {peak / 1e12:.3g} TFLOP/s")
     print(
         f"{len(records)} records, {sum(lengths):,} prompt tokens, {args.new_tokens} new ones each, "
         f"{len(batches)} batches of up to {len(batches[0])}"
     )
     print(f"usual loop {usual:6.2f} pages/s")
     print(f"predict    {len(records) / seconds:6.2f} pages/s, {limit / seconds:.1%} of the limit, ", end="")
-    print(f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB, after {loading:.1f} s of loading and merging")
+    print(f"{gpu.peak_gib():.1f} GiB, after {loading:.1f} s of loading and merging")
     print(f"ratio      {len(records) / seconds / usual:6.2f}")
     print(f"parts of {slower:.1f} s: " + ", ".join(f"{name} {part:.2f} s" for name, part in parts.items()))
 

@@ -4,6 +4,7 @@ python -m bench.review_speed /tmp/predictions.jsonl --rows 100000
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import random
@@ -30,12 +31,15 @@ QUERIES = {
 REPEATS = 5
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=100_000)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_arguments()
     titles, answers = random.Random(0), random.Random(1)
     with atomic_write(args.file) as file:
         for number in range(args.rows):
@@ -45,7 +49,8 @@ def main() -> None:
 
     started = time.perf_counter()
     command = [sys.executable, "-m", "server", str(args.file), "-p", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as stack:
+        stack.callback(server.terminate)  # whatever goes wrong here, or Popen would wait for it
         port = int(server.stdout.readline().rsplit(":", 1)[1].strip().strip("/"))
         client = Client(port)
         client.wait()
@@ -84,7 +89,6 @@ def main() -> None:
         print(
             f"memory                              {memory['VmRSS']:8} MiB, of it {memory['RssAnon']} MiB not of files"
         )
-        server.terminate()
     Path(f"{args.file}.review.jsonl").unlink()
 
 

@@ -18,13 +18,16 @@ from mistral_ft.files import atomic_write
 WORDS = "salt storage town clocks harbour fees of the on bridge tolls lamp oil ledger market river ferry mill".split()
 
 
-def main() -> None:
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0, help="of the answers; the expected ones are always the same")
-    args, flags = parser.parse_known_args()
+    return parser.parse_known_args()
 
+
+def main() -> None:
+    args, flags = parse_arguments()
     titles, answers = random.Random(0), random.Random(args.seed)
     with atomic_write(args.file) as file:
         for number in range(args.rows):

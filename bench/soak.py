@@ -21,6 +21,7 @@ from pathlib import Path
 
 import predict
 import train
+from bench import steps
 from mistral_ft.errors import run_step
 
 WARM_UP = 3  # rounds in which libraries set themselves up
@@ -29,14 +30,20 @@ WARM_UP = 3  # rounds in which libraries set themselves up
 def run(step, *arguments) -> str:
     """Call a step as its command line would; what it prints on stdout."""
     sys.argv = [f"{step.__name__}.py", *map(str, arguments)]
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))  # as a step's own can be set up
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             run_step(step.main)
     except SystemExit as end:
         if end.code:
-            sys.exit(f"{step.__name__} ended with {end.code}: {errors.getvalue()}")
-    return output.getvalue()
+            sys.exit(f"{step.__name__} ended with {end.code}: {text(errors)}")
+    return text(output)
+
+
+def text(stream: io.TextIOWrapper) -> str:
+    """What was written."""
+    stream.flush()
+    return stream.buffer.getvalue().decode()
 
 
 def resident_mib() -> float:
@@ -45,26 +52,28 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, default=6, help="of training in a round")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    data = Path(__file__).parents[1] / "dataset"
+
+def main() -> None:
+    args = parse_arguments()
+    data, base = steps.ROOT / "dataset", steps.ROOT / "models/tiny"
     end = time.monotonic() + 60 * args.minutes
     memory, handles, threads = [], [], []
-    while time.monotonic() < end:
+    while not memory or time.monotonic() < end:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             trained = run(
-                train, "--model_id", "models/tiny", "--dataset", data / "train.jsonl", "--output_dir", folder,
+                train, "--model_id", base, "--dataset", data / "train.jsonl", "--output_dir", folder,
                 "--max_steps", args.steps, "--save_steps", 2, "--save_total_limit", 1, "--learning_rate", "2e-3",
             )  # fmt: skip
-            adapter = trained.split("Adapter saved in ")[1].strip()
             run(
-                predict, data / "test.jsonl", adapter, "--limit", 8, "--max_new_tokens", 24,
-                "-o", Path(folder) / "answers.jsonl",
+                predict, data / "test.jsonl", steps.run_folder(trained.splitlines()), "--limit", 8,
+                "--max_new_tokens", 24, "-o", Path(folder) / "answers.jsonl",
             )  # fmt: skip
         gc.collect()
         memory.append(resident_mib())
@@ -76,7 +85,11 @@ def main() -> None:
             flush=True,
         )
 
-    memory, handles, threads = memory[WARM_UP:], handles[WARM_UP:], threads[WARM_UP:]
+    judge(memory[WARM_UP:], handles[WARM_UP:], threads[WARM_UP:])
+
+
+def judge(memory: list[float], handles: list[int], threads: list[int]) -> None:
+    """Say whether something grows in these rounds; ends the bench if so, or if they are too few."""
     if len(memory) < 4:
         sys.exit("too few rounds to tell; give it more --minutes")
     half = len(memory) // 2

@@ -11,19 +11,15 @@ With --check it also compares the first loss and the adapter's gradients of both
 """
 
 import argparse
-import contextlib
-import gc
-import json
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
+from bench import gpu, steps
 from mistral_ft.arguments import LoraArguments
 from mistral_ft.data import RecordDataset
 from mistral_ft.images import ImageFitter
@@ -35,20 +31,6 @@ from mistral_ft.prompt import PromptEncoder
 from mistral_ft.records import read_records
 from mistral_ft.training import FinetuneTrainer
 from mistral_ft.training_arguments import FinetuneArguments
-
-
-def matmul_peak(size: int = 8192) -> float:
-    """FLOP/s of a square bf16 product."""
-    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(20):
-        a @ a
-    end.record()
-    torch.cuda.synchronize()
-    return 20 * 2 * size**3 / (start.elapsed_time(end) / 1e3)
 
 
 class UsualRecipe:
@@ -97,13 +79,13 @@ class UsualRecipe:
         batches = [self.inputs(number % len(self.dataset)) for number in range(steps + 2)]
         for step, batch in enumerate(batches):
             if step == 2:
-                torch.cuda.synchronize()
+                gpu.synchronize()
                 started = time.perf_counter()
             self.loss(batch).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        torch.cuda.synchronize()
+        gpu.synchronize()
         seconds = time.perf_counter() - started
         return sum(batch["input_ids"].numel() for batch in batches[2:]) / seconds, steps / seconds
 
@@ -120,11 +102,11 @@ class UsualRecipe:
         return total, self.take_gradients()
 
     def our_gradients(self, numbers: list[int], output: Path) -> tuple[float, torch.Tensor]:
-        """The same by this toolkit: packed and compiled, half of the layers computed twice."""
+        """The same by this toolkit: packed, on a GPU compiled, half of the layers computed twice."""
         core = self.model.get_base_model()
         core.model.__class__, core.config.vision_config._attn_implementation = self.our_class, self.our_attention
         trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)))
-        text, _ = take_over_layers(self.model, compiled=True, packing=True)
+        text, _ = take_over_layers(self.model, compiled=gpu.on_gpu(), packing=True)
         text.recomputed = text.count // 2
         length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128
         trainer.use_packs(self.dataset, [numbers], self.encoder.control.pad, length)
@@ -147,8 +129,7 @@ def check(folder: Path, data: Path, device: torch.device, fp32: bool) -> None:
     found = {"usual recipe": recipe.gradients(numbers), "this toolkit": recipe.our_gradients(numbers, data.parent)}
     if fp32:
         del recipe
-        gc.collect()
-        torch.cuda.empty_cache()
+        gpu.free_memory()
         recipe = UsualRecipe(folder, data, device, dropout=0.0)
         for parameter in recipe.model.parameters():
             parameter.data = parameter.data.float()
@@ -163,48 +144,23 @@ def check(folder: Path, data: Path, device: torch.device, fp32: bool) -> None:
         print(f"{name}: loss {loss:.5f}, cosine of the adapter's gradients {', '.join(cosines)}")
 
 
-class PeakRam(threading.Thread):
-    """Watches how much memory of its own (page cache not counted) a process takes, at most."""
-
-    def __init__(self, pid: int):
-        super().__init__(daemon=True)
-        self.status = Path(f"/proc/{pid}/status")
-        self.gib = 0.0
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while "RssAnon" in (text := self.status.read_text()):
-                self.gib = max(self.gib, int(text.split("RssAnon:")[1].split()[0]) / 2**20)
-                time.sleep(0.02)
-
-
-def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, steps: int, more: list[str]) -> dict[str, float]:
-    """Run train as a user would; its lines are shown with the seconds, and the RAM taken until then, when they came."""
+def run_train(folder: Path, data: Path, gpu_memory_gib: float | None, every: int, more: list[str]) -> tuple[float, str]:
+    """Run train as a user would, with a log every so many steps: (tokens per second, peak GPU memory)."""
     with tempfile.TemporaryDirectory() as output:
-        command = [
-            sys.executable, "-m", "train", "--model_id", folder, "--dataset", data, "--output_dir", output,
-            "--max_steps", 4 * steps, "--logging_steps", steps, "--learning_rate", "1e-4", "--save_strategy", "no",
-            *more,
-        ]  # fmt: skip
-        command += ["--gpu_memory_gib", gpu_memory_gib] if gpu_memory_gib else []
-        started = time.perf_counter()
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        ram = PeakRam(process.pid)
-        ram.start()
-        for line in process.stdout:
-            print(f"[{time.perf_counter() - started:6.1f} s, {ram.gib:4.1f} GiB] {line}", end="", flush=True)
-            if line.startswith("Peak GPU memory"):
-                peak = float(line.split()[3])
-        if process.wait():
-            sys.exit(f"train ended with {process.returncode}")
-        (state,) = Path(output).glob("*/trainer_state.json")
-        logs = [entry for entry in json.loads(state.read_text())["log_history"] if "tokens_per_second" in entry]
-    rates = [entry["tokens_per_second"] for entry in logs[1:]]  # the first holds what is slow once
-    return {"tokens_per_second": len(rates) / sum(1 / rate for rate in rates), "peak_gib": peak}
+        limit = ["--gpu_memory_gib", gpu_memory_gib] if gpu_memory_gib else []
+        done = steps.run(
+            "train", "--model_id", folder, "--dataset", data, "--output_dir", output, "--max_steps", 4 * every,
+            "--logging_steps", every, "--learning_rate", "1e-4", "--save_strategy", "no", *more, *limit,
+        )  # fmt: skip
+        if done.code:
+            sys.exit(f"train ended with {done.code}")
+        return steps.tokens_per_second(steps.run_folder(done.lines)), steps.peak_memory(done.lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="after --: arguments of train"
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--gpu_memory_gib", type=float)
@@ -212,32 +168,37 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="runs of train: the first compiles, later ones need not")
     parser.add_argument("--check", action="store_true", help="compare loss and gradients instead of speed")
     parser.add_argument("--fp32", action="store_true", help="with --check: against fp32 too, which takes 110 GiB")
-    parser.add_argument("more", nargs="*", help="after -- at the end: further arguments of train")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.more = words[end + 1 :]
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     device = pick_device(args.gpu_memory_gib)
 
     if args.check:
         check(args.model, args.data, device, args.fp32)
         return
 
-    peak = matmul_peak()
+    peak = gpu.matmul_peak()
     recipe = UsualRecipe(args.model, args.data, device, dropout=0.05)
     n = sum(p.numel() for p in recipe.model.get_base_model().model.language_model.layers.parameters())
     n -= sum(p.numel() for p in recipe.parameters)
     limit = peak / (4 * n)
     usual, pages = recipe.measure(2 * args.steps)
-    usual_peak = torch.cuda.max_memory_reserved() / 2**30
+    usual_peak = gpu.peak_gib()
     del recipe
-    gc.collect()
-    torch.cuda.empty_cache()
+    gpu.free_memory()
 
     for _ in range(args.runs):
-        ours = run_train(args.model, args.data, args.gpu_memory_gib, args.steps, args.more)
-    rate = ours["tokens_per_second"]
-    print(f"\n{torch.cuda.get_device_name()}, matmul peak {peak / 1e12:.0f} TFLOP/s, N = {n / 1e9:.2f} billion")
-    print("             tokens/s   of 4N limit   pages/s   peak GiB")
-    print(f"usual recipe {usual:8,.0f}   {usual / limit:11.1%}   {pages:7.2f}   {usual_peak:8.1f}")
-    print(f"train        {rate:8,.0f}   {rate / limit:11.1%}   {rate * pages / usual:7.2f}   {ours['peak_gib']:8.1f}")
+        rate, train_peak = run_train(args.model, args.data, args.gpu_memory_gib, args.steps, args.more)
+    print(f"\n{gpu.device_name()}, matmul peak {peak / 1e12:.3g} TFLOP/s, N = {n / 1e9:.3g} billion")
+    print("             tokens/s   of 4N limit   pages/s   peak GPU memory")
+    print(f"usual recipe {usual:8,.0f}   {usual / limit:11.1%}   {pages:7.2f}   {usual_peak:.1f} GiB")
+    print(f"train        {rate:8,.0f}   {rate / limit:11.1%}   {rate * pages / usual:7.2f}   {train_peak}")
     print(f"ratio        {rate / usual:8.2f}")
 
 

@@ -13,44 +13,61 @@ Tokens are those of records. The first of the logged intervals, which holds what
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import torch
+
+from bench import steps
+from mistral_ft import attention, model
+from mistral_ft.errors import run_step
+
+
+def fp32_attention(query, key, value, starts, _, longest, __, scale, window_size, **kwargs):
+    """torch's varlen_attn, which has no fp32 kernel, in as many calls as there are records."""
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1)[None] for x in (query, key, value)),
+            is_causal=window_size[1] == 0,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )[0].transpose(0, 1)
+        for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False)
+        if end > start
+    ]
+    return torch.cat(parts)
 
 
 def train_in_fp32(arguments: list[str]) -> None:
-    """Run train with an fp32 base on the GPU, which a user cannot: attention of varying lengths has no fp32 kernel."""
-    import torch
-
-    from mistral_ft import attention, model
-    from mistral_ft.errors import run_step
-
-    def varlen_attn(query, key, value, starts, _, longest, __, scale, window_size, **kwargs):
-        parts = [
-            torch.nn.functional.scaled_dot_product_attention(
-                *(x[start:end].transpose(0, 1)[None] for x in (query, key, value)),
-                is_causal=window_size[1] == 0,
-                scale=scale,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )[0].transpose(0, 1)
-            for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False)
-            if end > start
-        ]
-        return torch.cat(parts)
-
+    """Run train with an fp32 base on the GPU, which a user cannot."""
     load_base, shard_layers = model.load_base, model.shard_layers
-    attention.varlen_attn = varlen_attn
-    model.load_base = lambda *arguments: load_base(*arguments).float()
+    attention.varlen_attn = fp32_attention
+    model.load_base = lambda *arguments, **named: load_base(*arguments, **named).float()
     model.shard_layers = lambda whole, device: shard_layers(whole.float(), device)
     import train
 
     sys.argv = ["train.py", *arguments]
     run_step(train.main)
+
+
+@dataclass
+class Run:
+    """What came of a training.
+
+    Attributes:
+        losses: of each step.
+        speed: tokens per second.
+        peak: GPU memory, of each process.
+        lines: what train printed.
+    """
+
+    folder: Path
+    losses: list[float]
+    speed: float
+    peak: str
+    lines: list[str]
 
 
 class Bench:
@@ -63,65 +80,43 @@ class Bench:
     def __init__(self, work: Path, seconds: float):
         self.work, self.end = work, time.monotonic() + seconds
         self.started = time.monotonic()
+        self.failed: list[str] = []
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
 
-    def train(self, name: str, processes: int, *arguments, module: str = "train", shown: bool = True) -> dict | None:
-        """trainer_state.json of a run, its folder and its peak memory by process; None if it failed."""
-        output = self.work / name
-        launch = ["-m"]
-        if processes > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"]
-        command = [sys.executable, *launch, *module.split(), "--output_dir", output, *arguments]
-        environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"}
+    def train(self, name: str, processes: int, *arguments, step: tuple = ("train",), shown: bool = True) -> Run | None:
+        """Train in so many processes; None if it failed."""
         self.say(f"{name}: {processes} process(es)")
-        process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+        done = steps.run(
+            *step, "--output_dir", self.work / name, *arguments, processes=processes, shown=shown,
+            seconds=max(1, self.end - time.monotonic()),
+            environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4"},
         )  # fmt: skip
-        lines = []
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-        signal.alarm(max(1, int(self.end - time.monotonic())))
-        for line in process.stdout:
-            lines.append(line)
-            if shown or line.startswith("Each process holds"):
-                self.say(f"  {line.rstrip()}")
-        signal.alarm(0)
-        states = sorted(output.glob("*/trainer_state.json"))
-        if process.wait() or not states:
-            self.say(f"{name}: FAILED with {process.returncode}")
-            print("".join(lines[-60:] if not shown else []), flush=True)
+        if done.code:
+            self.say(f"{name}: FAILED with {done.code}")
+            self.failed.append(name)
             return None
-        state = json.loads(states[-1].read_text())
-        peaks = [line for line in lines if line.startswith("Peak GPU memory")]
-        return state | {"folder": states[-1].parent, "peak": peaks[-1].strip() if peaks else "no GPU"}
+        folder = steps.run_folder(done.lines)
+        logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses = [entry["loss"] for entry in logs if "loss" in entry]
+        return Run(folder, losses, steps.tokens_per_second(folder), steps.peak_memory(done.lines), done.lines)
 
 
-def losses(state: dict) -> list[float]:
-    """Of each step."""
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def rate(state: dict) -> float:
-    """Tokens per second without the first interval."""
-    rates = [entry["tokens_per_second"] for entry in state["log_history"] if "tokens_per_second" in entry][1:]
-    return len(rates) / sum(1 / rate for rate in rates)
-
-
-def compare_losses(bench: Bench, steps: int) -> None:
+def compare_losses(bench: Bench, trained_steps: int) -> None:
     """models/tiny in fp32: the losses of two processes, whole and sharded, against those of one."""
     common = [
-        "--model_id", "models/tiny", "--dataset", "dataset/train.jsonl", "--max_steps", steps,
-        "--learning_rate", "2e-3", "--lora_dropout", 0, "--vision_lora", True, "--train_projector", True,
-        "--compile", False, "--packing", False, "--save_strategy", "no", "--dataloader_num_workers", 0,
+        "--model_id", steps.ROOT / "models/tiny", "--dataset", steps.ROOT / "dataset/train.jsonl",
+        "--max_steps", trained_steps, "--learning_rate", "2e-3", "--lora_dropout", 0, "--vision_lora", True,
+        "--train_projector", True, "--compile", False, "--packing", False, "--save_strategy", "no",
+        "--dataloader_num_workers", 0,
     ]  # fmt: skip
-    module = "bench.two_gpus fp32"
-    one = bench.train("tiny-1", 1, *common, "--per_device_train_batch_size", 4, module=module, shown=False)
+    step = ("bench.two_gpus", "fp32")
+    one = bench.train("tiny-1", 1, *common, "--per_device_train_batch_size", 4, step=step, shown=False)
     for name, more in (("tiny-2", []), ("tiny-2-sharded", ["--shard_base", True])):
-        two = bench.train(name, 2, *common, "--per_device_train_batch_size", 2, *more, module=module, shown=False)
+        two = bench.train(name, 2, *common, "--per_device_train_batch_size", 2, *more, step=step, shown=False)
         if one and two:
-            pairs = list(zip(losses(one), losses(two), strict=True))
+            pairs = list(zip(one.losses, two.losses, strict=True))
             worst = max(abs(a - b) / a for a, b in pairs)
             bench.say(
                 f"{name}: {len(pairs)} losses, {pairs[0][0]:.6f} to {pairs[-1][0]:.6f} on one GPU, {pairs[0][1]:.6f} "
@@ -142,24 +137,22 @@ def compare_speed(bench: Bench, args: argparse.Namespace) -> None:
     one = bench.train("24b-1", 1, *common, *limit)
     two = bench.train("24b-2", 2, *common, *limit)
     if one:
-        bench.say(f"one GPU: {rate(one):,.0f} tokens/s, {one['peak']}")
+        bench.say(f"one GPU: {one.speed:,.0f} tokens/s, {one.peak}")
     if two:
-        bench.say(f"two GPUs, a copy of the base each: {rate(two):,.0f} tokens/s, {two['peak']}")
+        bench.say(f"two GPUs, a copy of the base each: {two.speed:,.0f} tokens/s, {two.peak}")
     if one and two:
-        bench.say(f"ratio {rate(two) / rate(one):.3f} (goal: at least 1.85)")
+        bench.say(f"ratio {two.speed / one.speed:.3f} (goal: at least 1.85)")
     limit = [] if args.tiny else ["--gpu_memory_gib", args.sharded_gib]
     sharded = bench.train("24b-2-sharded", 2, *common, *limit, "--shard_base", True)
     if sharded:
-        bench.say(f"two GPUs limited to {args.sharded_gib} GiB, the base sharded: {rate(sharded):,.0f} tokens/s, "
-                  f"{sharded['peak']}")  # fmt: skip
-        kept = sorted(path.name for path in sharded["folder"].iterdir() if path.name.startswith("adapter_"))
+        bench.say(f"two GPUs limited to {args.sharded_gib} GiB, the base sharded: {sharded.speed:,.0f} tokens/s, "
+                  f"{sharded.peak}")  # fmt: skip
+        bench.say(steps.said(sharded.lines, r"(Each process holds .+)"))
+        kept = sorted(path.name for path in sharded.folder.iterdir() if path.name.startswith("adapter_"))
         bench.say(f"saved: {', '.join(kept)}")
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["fp32"]:
-        train_in_fp32(sys.argv[2:])
-        return
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for weights, pages and runs")
     parser.add_argument("--tekken", help="as for bench.random_24b")
@@ -168,26 +161,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps between two logs; three times as many are trained")
     parser.add_argument("--pages", type=int, default=256, help="so many that 12 steps on two GPUs are below an epoch")
     parser.add_argument("--seconds", type=float, default=560, help="what is not measured by then is left out")
-    parser.add_argument("--tiny", action="store_true", help="try the script out: models/tiny in the 24B's place")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small model and small pages, to try this script on a CPU"
+    )
+    return parser.parse_args()
 
+
+def main() -> None:
+    if sys.argv[1:2] == ["fp32"]:
+        train_in_fp32(sys.argv[2:])
+        return
+    args = parse_arguments()
     bench = Bench(args.work, args.seconds)
     args.work.mkdir(parents=True, exist_ok=True)
     tekken = ["--tekken", args.tekken] if args.tekken else []
-    makers = [[sys.executable, "-m", "bench.make_pages", args.work / "pages", "--count", args.pages]]
-    if args.tiny:
-        (args.work / "24b").symlink_to(ROOT / "models/tiny")
-        makers = [[sys.executable, "-c", "import shutil; shutil.copytree('dataset', r'%s')" % (args.work / "pages")]]
-    else:
-        makers.append([sys.executable, "-m", "bench.random_24b", args.work / "24b", *tekken])
-    making = [subprocess.Popen(list(map(str, maker)), cwd=ROOT, stderr=subprocess.DEVNULL) for maker in makers]
-    compare_losses(bench, steps=8)
-    if any(maker.wait() for maker in making):
-        sys.exit("the model or the pages could not be made")
-    if args.tiny:
-        (args.work / "pages/train.jsonl").rename(args.work / "pages/pages.jsonl")
+    makers = [
+        steps.start("bench.make_pages", args.work / "pages", "--count", args.pages, "--scale", 0.1 if args.tiny else 1),
+        steps.start("bench.random_24b", args.work / "24b", *tekken, *(["--tiny"] if args.tiny else [])),
+    ]
+    compare_losses(bench, trained_steps=2 if args.tiny else 8)
+    for maker in makers:
+        said, _ = maker.communicate()
+        if maker.returncode:
+            sys.exit(f"the model or the pages could not be made: {said}")
     bench.say("model and pages are made")
     compare_speed(bench, args)
+    if bench.failed:
+        sys.exit(f"not measured: {', '.join(bench.failed)}")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,17 @@ from mistral_ft.files import atomic_write
 DRAWN = 40  # different pages; the others are copies with a note of their own
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--pages", type=int, default=2000)
     parser.add_argument("--model_id", help="count tokens too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
     flags = ["--model_id", args.model_id] if args.model_id else []
 
@@ -59,7 +63,7 @@ def write(path: Path, rows) -> None:
 def draw(folder: Path, count: int, rng: random.Random) -> None:
     font = ImageFont.load_default(22)
     pages = []
-    for _ in range(DRAWN):
+    for _ in range(min(DRAWN, count)):
         page = Image.new("RGB", (1240, 1754), "white")
         text = textwrap.fill(" ".join(rng.choices(WORDS, k=700)), 95)
         ImageDraw.Draw(page).multiline_text((60, 60), text, "black", font)
