@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -111,6 +112,7 @@ def _check(number: int = 0, frame: object = None) -> None:
         if worker.exitcode is not None:
             _watched.discard(worker)
             if worker.exitcode:
+                _watched.clear()
                 raise WorkerLost(KILLED)
 
 
@@ -127,10 +129,15 @@ def waiting_for_workers() -> Iterator[None]:
     try:
         _check()
         yield
-    except RuntimeError as error:  # torch's, which looks after every error of a pipe, and ours is one in its eyes
+    except RuntimeError as error:  # torch looks after its workers at every error, ours included
         if "DataLoader worker" not in str(error):
             raise
         raise WorkerLost(KILLED) from None
+    except (OSError, EOFError):  # of a pipe to a worker that is about to be seen to have ended
+        for _ in range(20):
+            _check()
+            time.sleep(0.05)
+        raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

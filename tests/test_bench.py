@@ -55,12 +55,13 @@ def bench(capfd):
 
 
 def run_here(module: str, *arguments) -> tuple[int, list[str]]:
-    """Run a step in this process; its exit code, and its lines on stdout."""
+    """Run a step in this process; its exit code, and its lines on stdout and stderr."""
     step, written = importlib.import_module(module), io.TextIOWrapper(io.BytesIO(), "utf-8")
     code = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
         patch.setattr(sys, "stdout", written)
+        patch.setattr(sys, "stderr", written)
         try:
             step.main() if module.startswith("bench.") else step.run_step(step.main)
         except SystemExit as stop:
@@ -224,6 +225,12 @@ def test_soak_judges(capsys, memory, handles, verdict):
     else:
         with pytest.raises(SystemExit, match=verdict):
             soak.judge(memory, handles, [2, 2, 2, 2])
+
+
+def test_busy_machine(bench, started):
+    out = bench("busy_machine", "as-it-is", "OMP_NUM_THREADS=1", "--loops", 1, "--steps", 2, "--rows", 2)
+    figures = rf"{NUMBER} tokens/s +{NUMBER} rows/s"
+    assert re.fullmatch(rf"1 busy loops: +{figures}  as-it-is\n1 busy loops: +{figures}  OMP_NUM_THREADS=1\n", out)
 
 
 def test_score_million(bench, tmp_path):
