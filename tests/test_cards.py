@@ -523,7 +523,10 @@ def test_the_tests_choose_the_cpu_where_torch_cannot_use_the_card(tmp_path):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{A100}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    code = "import os, tests.conftest; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    code = (
+        "import os, torch; torch.cuda.is_available = lambda: False\n"
+        "import tests.conftest; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True, text=True,

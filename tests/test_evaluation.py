@@ -266,6 +266,7 @@ def seen(monkeypatch) -> list[list[str]]:
 BETTER_AND_BETTER = {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0, 5: 6.0}
 
 
+@pytest.mark.slow
 def test_checkpoints_of_steps_that_were_once_the_best_go(pages, train_tiny, losses, seen):
     data = pages / "train.jsonl"
     losses(BETTER_AND_BETTER)

@@ -209,7 +209,7 @@ def test_compiled_layers_have_the_gradients_of_those_that_are_not(rounding):
 
 @pytest.mark.parametrize(
     ("gib", "message"),
-    [("100000", "--gpu_memory_gib 100000: the card has"), ("0.01", "the GPU's memory does not hold")],
+    [("100000", "--gpu_memory_gib 100000: the card has"), ("0.01", "GiB free of ")],
 )
 def test_memory_that_is_not_there_is_one_line(gib, message, data, run_cli, tmp_path):
     try:

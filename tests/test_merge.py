@@ -430,6 +430,7 @@ for shot in range(1, int(shots) + 1):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_leaves_no_folder_and_a_rerun_starts_clean(adapter, run_cli, tmp_path):
     parent = tmp_path / "out"
     parent.mkdir()
@@ -476,6 +477,7 @@ def test_a_disk_that_takes_no_more(adapter, fails, tmp_path):
     assert line == f"{tmp_path / 'merged'}: cannot be written, nothing was kept: File too large"
 
 
+@pytest.mark.slow
 def test_a_full_disk(adapter, tmp_path):
     """A file system in memory that holds less than the model; only root may mount one."""
     disk = tmp_path / "disk"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mistral_common
 import torch
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import (
@@ -160,3 +161,9 @@ def write_model(folder: Path, name: str) -> Path:
         patch = config.vision_config.patch_size
         (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": patch}))
     return folder
+
+
+def sharpen(path: Path) -> None:
+    """Scale a random model's head: no adapter could make such a one sure of anything."""
+    weights = load_file(path)
+    save_file({name: 20 * t if name.endswith("lm_head.weight") else t for name, t in weights.items()}, path)
