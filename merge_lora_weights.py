@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import check_new_folder
-from mistral_ft.hub import locate
+from mistral_ft.folders import locate
 
 
 def parse_arguments():
@@ -50,13 +50,13 @@ def main() -> None:
     if not folder.is_dir():
         raise UserError(f"{args.name}: no such adapter folder, and none in output/")
     if args.push_to_hub:
-        from mistral_ft.upload import check_upload, upload
+        from mistral_ft.merging.upload import check_upload, upload
 
         check_upload(args.push_to_hub, args.private)
 
+    from mistral_ft.data.records import read_records
     from mistral_ft.files import atomic_folder, check_free_space
-    from mistral_ft.lora import Adapter
-    from mistral_ft.merging import (
+    from mistral_ft.merging.merge import (
         base_note,
         check_folder,
         copy_other_files,
@@ -64,10 +64,10 @@ def main() -> None:
         match_updates,
         merge_weights,
     )
-    from mistral_ft.model import check_size, pick_device, quiet_libraries
-    from mistral_ft.model_card import card_scores, write_model_card
-    from mistral_ft.records import read_records
-    from mistral_ft.shards import read_checkpoint
+    from mistral_ft.merging.shards import read_checkpoint
+    from mistral_ft.model.adapter import Adapter
+    from mistral_ft.model.card import card_scores, write_model_card
+    from mistral_ft.model.loading import check_size, pick_device, quiet_libraries
 
     quiet_libraries()
     scores = card_scores(args.predictions) if args.predictions else None
@@ -83,7 +83,7 @@ def main() -> None:
     shards = read_checkpoint(base)
     updates = match_updates(adapter, base, shards)
     if records:
-        from mistral_ft.merge_comparison import MergeComparer
+        from mistral_ft.merging.comparison import MergeComparer
 
         check_size(base_model, base, device)
         comparer = MergeComparer(records, base, adapter)

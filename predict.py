@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.cards import use_gpu
+from mistral_ft.data.pages import limit_pixels
+from mistral_ft.data.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 from mistral_ft.distributed import (
     TIMEOUT_SECONDS,
     finish,
@@ -31,9 +32,8 @@ from mistral_ft.distributed import (
     world_size,
 )
 from mistral_ft.errors import ArgumentParser, UserError, run_step
-from mistral_ft.hub import locate
-from mistral_ft.pages import limit_pixels
-from mistral_ft.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
+from mistral_ft.folders import locate
+from mistral_ft.model.gpus import use_gpu
 
 
 def parse_arguments():
@@ -109,14 +109,14 @@ def main() -> int:
     limit_pixels(args.max_image_pixels)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
+    from mistral_ft.data.predictions import Predictions
+    from mistral_ft.data.rows import data_files
+    from mistral_ft.data.workers import WorkerLost
     from mistral_ft.files import sha256_file
-    from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-    from mistral_ft.model import check_rounding, check_size, pick_device, print_peak_memory, quiet_libraries
-    from mistral_ft.predictions import Predictions
+    from mistral_ft.model.loading import check_rounding, check_size, pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.prediction.generator import Generator, ModelFolders, page_lengths, plan
     from mistral_ft.progress import Progress
-    from mistral_ft.rows import data_files
-    from mistral_ft.run_folder import versions
-    from mistral_ft.workers import WorkerLost
+    from mistral_ft.training.run_folder import versions
 
     quiet_libraries()
     on_gpu = use_gpu()

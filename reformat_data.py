@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.embedded_images import ImageFolder
+from mistral_ft.data.embedded_images import ImageFolder
+from mistral_ft.data.formats import FORMATS, convert, possible_formats
+from mistral_ft.data.pages import fingerprint
+from mistral_ft.data.records import check_record, image_blocks
+from mistral_ft.data.references import resolve
+from mistral_ft.data.rows import RowSource, data_files, read_objects
+from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import ArgumentParser, RecordError, UserError, run_step
 from mistral_ft.files import atomic_write, check_target
-from mistral_ft.formats import FORMATS, convert, possible_formats
-from mistral_ft.pages import fingerprint
 from mistral_ft.progress import Progress
-from mistral_ft.records import check_record, image_blocks
-from mistral_ft.references import resolve
-from mistral_ft.rows import RowSource, data_files, read_objects
-from mistral_ft.splitting import Splitter
 
 FIRST_ROWS = 100  # that the format is told by
 LINES_SHOWN = 5  # of the rows left out for one reason

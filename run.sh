@@ -31,7 +31,7 @@ set_up .installed requirements.txt
 # All GPUs that are visible, each with a copy of the base (CUDA_VISIBLE_DEVICES=0 for one): an optimizer step then learns
 # from that many times more records. The base is the 24B, or the embedded one where there is no GPU; a card that is too
 # small or that torch cannot use ends it here. To choose: base=models/tiny ./run.sh
-found=$(python -m mistral_ft.cards "${base:-}")
+found=$(python -m mistral_ft.model.gpus "${base:-}")
 read -r gpus base <<< "$found"
 
 # The task: the titles of letters. The sample holds another, number, date and total of invoices as JSON:

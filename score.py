@@ -15,10 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from mistral_ft.confidence import KINDS
 from mistral_ft.errors import ArgumentParser, UserError, run_step
 from mistral_ft.files import atomic_write, check_target
-from mistral_ft.metrics import FOLDS
+from mistral_ft.scoring.confidence import KINDS
+from mistral_ft.scoring.metrics import FOLDS
 
 TARGET = 0.99
 EXAMPLES = 60  # wrong rows shown in the report, drawn by lot if there are more
@@ -64,10 +64,10 @@ def parse_arguments():
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft import score_output as output
-    from mistral_ft.perplexity import compare_texts
-    from mistral_ft.scoring import Options, read_lines, score_file
-    from mistral_ft.summary import describe_comparison, judge_confidence, summarize
+    from mistral_ft.scoring import text as output
+    from mistral_ft.scoring.perplexity import compare_texts
+    from mistral_ft.scoring.summary import describe_comparison, judge_confidence, summarize
+    from mistral_ft.scoring.totals import Options, read_lines, score_file
 
     # Files appear at the end, if nothing went wrong.
     with contextlib.ExitStack() as files:
@@ -96,7 +96,7 @@ def main() -> int | None:
         # 3. Is it better than another file?
         comparison = text_comparison = None
         if args.compare:
-            from mistral_ft.comparison import compare
+            from mistral_ft.scoring.comparison import compare
 
             before = score_file(args.compare, pairing)
             if score.texts.lines:
@@ -120,7 +120,7 @@ def main() -> int | None:
         # 5. What came out, in one object and as text, JSON or page.
         result = summarize(score, args.by, confidence, comparison, text_comparison)
         if args.report:
-            from mistral_ft.report import report
+            from mistral_ft.scoring.report import report
 
             examples = sorted(score.mistakes.examples, key=lambda example: example[1])  # by line
             page = report(result, args.file, args.normalize, [shown for _, _, shown in examples])

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
-from mistral_ft.hub import locate
+from mistral_ft.folders import locate
 
 
 def parse_arguments():
@@ -86,7 +86,7 @@ def main() -> None:
 
     # 2. Only the data set of an earlier review?
     if args.export:
-        from mistral_ft.review_export import export
+        from mistral_ft.review.export import export
 
         done = export(path, args.export)
         for reason in done.left_out:
@@ -97,7 +97,7 @@ def main() -> None:
         return
 
     # 3. Who may come in.
-    from mistral_ft.review_security import Guard, ImpatientProtocol, is_loopback
+    from mistral_ft.review.guard import Guard, ImpatientProtocol, is_loopback
 
     token = secrets.token_urlsafe(24) if args.token == "" else args.token
     if not is_loopback(args.host) and not token:
@@ -106,11 +106,11 @@ def main() -> None:
     # 4. The files, and the log of the review.
     import uvicorn
 
-    from mistral_ft.pages import limit_pixels
-    from mistral_ft.review_app import ReviewApp
-    from mistral_ft.review_desk import Desk
-    from mistral_ft.review_tokens import TokenView, find_run
-    from mistral_ft.reviews import ReviewLog
+    from mistral_ft.data.pages import limit_pixels
+    from mistral_ft.review.app import ReviewApp
+    from mistral_ft.review.desk import Desk
+    from mistral_ft.review.log import ReviewLog
+    from mistral_ft.review.tokens import TokenView, find_run
 
     other = check_input(args.compare) if args.compare else None
     if other and other.resolve() == path.resolve():

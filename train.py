@@ -17,7 +17,11 @@ trains on several GPUs, each with a copy of the base, or with --shard_base True 
 import sys
 from pathlib import Path
 
-from mistral_ft.arguments import (
+from mistral_ft.data.pages import limit_pixels
+from mistral_ft.data.records import read_records
+from mistral_ft.distributed import finish, from_first, rank, silence_others, take_sharding, world_size
+from mistral_ft.errors import UserError, run_step
+from mistral_ft.training.arguments import (
     EPILOG,
     FOUR_BITS,
     FP8,
@@ -30,10 +34,6 @@ from mistral_ft.arguments import (
     SpeedArguments,
     TrainParser,
 )
-from mistral_ft.distributed import finish, from_first, rank, silence_others, take_sharding, world_size
-from mistral_ft.errors import UserError, run_step
-from mistral_ft.pages import limit_pixels
-from mistral_ft.records import read_records
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         return
     silence_others()
     sharding = take_sharding()
-    from mistral_ft.training_arguments import FinetuneArguments
+    from mistral_ft.training.training_arguments import FinetuneArguments
 
     data_args, model_args, lora_args, eval_args, speed_args, checkpoint_args, args = TrainParser(
         (*ours, FinetuneArguments), prog="python -m train"
@@ -81,13 +81,12 @@ def main() -> None:
     from torch._dynamo.exc import TorchDynamoException
     from transformers import set_seed
 
-    from mistral_ft.checkpoints import step_of
-    from mistral_ft.data import RecordDataset, cut_texts, measure_records
-    from mistral_ft.evaluation import Evaluator, divide, hold_out
-    from mistral_ft.hub import find_model_folder, locate
-    from mistral_ft.images import ImageFitter
-    from mistral_ft.lora import add_adapter, find_start
-    from mistral_ft.model import (
+    from mistral_ft.data.dataset import RecordDataset, cut_texts, measure_records
+    from mistral_ft.data.image_fitter import ImageFitter
+    from mistral_ft.data.prompt.encoder import PromptEncoder
+    from mistral_ft.folders import find_model_folder, locate
+    from mistral_ft.model.adapter import add_adapter, find_start
+    from mistral_ft.model.loading import (
         check_model_folder,
         check_rounding,
         check_size,
@@ -98,13 +97,14 @@ def main() -> None:
         print_peak_memory,
         quiet_libraries,
     )
-    from mistral_ft.preflight import plan_training
-    from mistral_ft.prompt import PromptEncoder
-    from mistral_ft.run_folder import Run
     from mistral_ft.status import Status
-    from mistral_ft.trackers import check_trackers, tracking
-    from mistral_ft.training import FinetuneTrainer
-    from mistral_ft.training_arguments import check_optimizer
+    from mistral_ft.training.checkpoints import step_of
+    from mistral_ft.training.evaluation import Evaluator, divide, hold_out
+    from mistral_ft.training.preflight import plan_training
+    from mistral_ft.training.run_folder import Run
+    from mistral_ft.training.trackers import check_trackers, tracking
+    from mistral_ft.training.trainer import FinetuneTrainer
+    from mistral_ft.training.training_arguments import check_optimizer
 
     quiet_libraries()
     device = pick_device(model_args.gpu_memory_gib, args.use_cpu)

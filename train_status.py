@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mistral_ft.errors import ArgumentParser, UserError, run_step
-from mistral_ft.hub import locate
+from mistral_ft.folders import locate
 from mistral_ft.status import RUNNING, STATUS_FILE, read_status
 
 

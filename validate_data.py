@@ -60,14 +60,14 @@ def parse_arguments():
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft.estimate import describe_training, is_measured
-    from mistral_ft.hub import find_prompt_folders, locate
-    from mistral_ft.images import ImageFitter
-    from mistral_ft.pages import limit_pixels
+    from mistral_ft.data.image_fitter import ImageFitter
+    from mistral_ft.data.pages import limit_pixels
+    from mistral_ft.data.prompt.encoder import PromptEncoder
+    from mistral_ft.data.records import find_images_dir
+    from mistral_ft.folders import find_prompt_folders, locate
     from mistral_ft.progress import Progress
-    from mistral_ft.prompt import PromptEncoder
-    from mistral_ft.records import find_images_dir
-    from mistral_ft.validation import Examples, Source, Tally, check_files, describe, mark_trained
+    from mistral_ft.validation.checker import Examples, Source, Tally, check_files, describe, mark_trained
+    from mistral_ft.validation.estimate import describe_training, is_measured
 
     limit_pixels(args.max_image_pixels)
     sources = [
@@ -114,7 +114,7 @@ def main() -> int | None:
     for text in (*tally.summary(fitter), *training, *tally.verdict()):
         print(text)
     if args.report:
-        from mistral_ft.validation_report import report  # slow to import
+        from mistral_ft.validation.report import report  # slow to import
 
         with atomic_write(args.report) as file:
             file.write(report(tally, examples, training, fitter))

@@ -24,7 +24,7 @@ from bench import gpu, steps
 from bench.make_pages import make_pages
 from bench.random_24b import config_24b
 from dataset.make_dataset import BODY
-from mistral_ft.prompt import PromptEncoder
+from mistral_ft.data.prompt.encoder import PromptEncoder
 from models.tiny.build import save_weights, tiny_config, write_weights
 
 TINY = steps.ROOT / "models/tiny"

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from bench import steps
 from bench.random_24b import add_size_arguments, config_24b
 from mistral_ft.files import fsync_path
-from mistral_ft.lora import TEXT_LAYERS, memory_name
-from mistral_ft.shards import read_checkpoint
+from mistral_ft.merging.shards import read_checkpoint
+from mistral_ft.model.adapter import TEXT_LAYERS, memory_name
 from models.tiny.build import tiny_config, write_weights
 
 TINY = steps.ROOT / "models/tiny"

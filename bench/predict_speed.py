@@ -20,11 +20,11 @@ import torch
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from bench import gpu, steps
-from mistral_ft.data import RecordDataset
-from mistral_ft.generation import Generator, ModelFolders, page_lengths, plan
-from mistral_ft.model import load_base, pick_device
-from mistral_ft.pages import open_image, page_size
-from mistral_ft.records import read_records
+from mistral_ft.data.dataset import RecordDataset
+from mistral_ft.data.pages import open_image, page_size
+from mistral_ft.data.records import read_records
+from mistral_ft.model.loading import load_base, pick_device
+from mistral_ft.prediction.generator import Generator, ModelFolders, page_lengths, plan
 
 BANDWIDTH = 4.3e12  # bytes per second that an H200 reads
 

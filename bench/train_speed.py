@@ -20,17 +20,17 @@ import torch
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from bench import gpu, steps
-from mistral_ft.arguments import LoraArguments
-from mistral_ft.data import RecordDataset
-from mistral_ft.images import ImageFitter
-from mistral_ft.lora import add_adapter
-from mistral_ft.model import load_base, pick_device
-from mistral_ft.pages import open_image
-from mistral_ft.preflight import take_over_layers
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneTrainer
-from mistral_ft.training_arguments import FinetuneArguments
+from mistral_ft.data.dataset import RecordDataset
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.pages import open_image
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
+from mistral_ft.model.adapter import add_adapter
+from mistral_ft.model.loading import load_base, pick_device
+from mistral_ft.training.arguments import LoraArguments
+from mistral_ft.training.preflight import take_over_layers
+from mistral_ft.training.trainer import FinetuneTrainer
+from mistral_ft.training.training_arguments import FinetuneArguments
 
 
 class UsualRecipe:

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from bench import steps
-from mistral_ft import attention, model
 from mistral_ft.errors import run_step
+from mistral_ft.model import attention
+from mistral_ft.model import loading as model
 
 
 def fp32_attention(query, key, value, starts, _, longest, __, scale, window_size, **kwargs):

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from mistral_ft.lora import PROJECTOR, TEXT_LAYERS, VISION_LAYERS
-from mistral_ft.model import load_base
+from mistral_ft.model.adapter import PROJECTOR, TEXT_LAYERS, VISION_LAYERS
+from mistral_ft.model.loading import load_base
 from tests.conftest import TINY
 
 VARIANTS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from mistral_ft.cards import nvidia_cards, other_card, usable_gpus
 from mistral_ft.errors import UserError
+from mistral_ft.model.gpus import nvidia_cards, other_card, usable_gpus
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C

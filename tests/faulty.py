@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from mistral_ft import errors, training
+from mistral_ft import errors
+from mistral_ft.training import trainer as training
 
 
 def happen(fault: str) -> None:

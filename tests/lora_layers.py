@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mistral_ft.layers import Seeds
+from mistral_ft.model.layers import Seeds
 
 
 def by_peft_and_by_us(model: nn.Module, ids: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:

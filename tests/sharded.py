@@ -5,7 +5,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mistral_ft.distributed import finish, join
-from mistral_ft.model import held_bytes, load_base
+from mistral_ft.model.loading import held_bytes, load_base
 from tests.conftest import TINY
 
 

@@ -21,9 +21,10 @@ import torch
 
 from bench import four_bit, gpu, soak, steps, two_gpus
 from bench.make_pages import make_pages
-from mistral_ft import attention, model
-from mistral_ft.arguments import ModelArguments, TrainParser
-from mistral_ft.training_arguments import FinetuneArguments
+from mistral_ft.model import attention
+from mistral_ft.model import loading as model
+from mistral_ft.training.arguments import ModelArguments, TrainParser
+from mistral_ft.training.training_arguments import FinetuneArguments
 from tests.conftest import ROOT, TINY, read_rows
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "def main(" in path.read_text())

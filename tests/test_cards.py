@@ -15,12 +15,12 @@ import torch
 from transformers import MistralConfig
 
 from bench.random_24b import config_24b
-from mistral_ft import cards
-from mistral_ft import model as model_module
-from mistral_ft.arguments import FOUR_BITS, FP8
-from mistral_ft.cards import Card, check_generation, choose_base, nvidia_cards, other_card, use_gpu
 from mistral_ft.errors import UserError
-from mistral_ft.model import check_size, pick_device, too_big, weight_bytes
+from mistral_ft.model import gpus as cards
+from mistral_ft.model import loading as model_module
+from mistral_ft.model.gpus import Card, check_generation, choose_base, nvidia_cards, other_card, use_gpu
+from mistral_ft.model.loading import check_size, pick_device, too_big, weight_bytes
+from mistral_ft.training.arguments import FOUR_BITS, FP8
 from tests.adapters import make_adapter
 from tests.conftest import ROOT, TINY
 
@@ -481,7 +481,7 @@ def run_sh(tmp_path):
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text(
             "#!/bin/sh\n"
-            'if [ "$2" = mistral_ft.cards ]; then echo "asked for ($3)" >> log; echo "$CARDS"; exit "$CODE"; fi\n'
+            'if [ "$2" = mistral_ft.model.gpus ]; then echo "asked for ($3)" >> log; echo "$CARDS"; exit "$CODE"; fi\n'
             f'echo "{name} $* on (${{CUDA_VISIBLE_DEVICES-all}})" >> log\necho "Adapter saved in output/name"\n'
         )
         (tmp_path / name).chmod(0o755)

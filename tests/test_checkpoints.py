@@ -13,8 +13,10 @@ import subprocess
 import pytest
 import torch
 
-from mistral_ft import checkpoints, stopping, training
-from mistral_ft.run_folder import Run
+from mistral_ft.training import checkpoints
+from mistral_ft.training import signals as stopping
+from mistral_ft.training import trainer as training
+from mistral_ft.training.run_folder import Run
 from tests.conftest import TINY, read_rows, write_jsonl
 
 TRAIN = ("--per_device_train_batch_size", 2, "--save_steps", 2, "--max_steps", 6, "--lora_dropout", 0.1)
@@ -154,7 +156,7 @@ def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli
 
 
 def settings_of(command):
-    from mistral_ft.arguments import (
+    from mistral_ft.training.arguments import (
         DataArguments,
         EvaluationArguments,
         LoraArguments,
@@ -162,7 +164,7 @@ def settings_of(command):
         SpeedArguments,
         TrainParser,
     )
-    from mistral_ft.training_arguments import FinetuneArguments
+    from mistral_ft.training.training_arguments import FinetuneArguments
 
     names = ("data", "model", "lora", "speed", "evaluation", "training")
     ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, EvaluationArguments)

@@ -103,7 +103,7 @@ def test_a_base_is_not_sharded_over_one_process(train):
 
 
 def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, monkeypatch):
-    from mistral_ft import callbacks
+    from mistral_ft.training import callbacks
 
     begin = callbacks.ProgressCallback.on_train_begin
 
@@ -120,7 +120,7 @@ def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, mo
 
 
 def test_termination_is_cleaned_up_after_like_an_interrupt(run_cli, pages, tmp_path, monkeypatch):
-    from mistral_ft import preflight
+    from mistral_ft.training import preflight
 
     monkeypatch.setattr(preflight, "pack", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = run_cli(
@@ -157,7 +157,7 @@ def test_resuming_from_nothing(train, tmp_path):
 
 
 def test_a_run_that_dies_at_once_leaves_no_folder(run_cli, pages, tmp_path, monkeypatch):
-    from mistral_ft import training
+    from mistral_ft.training import trainer as training
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -234,7 +234,7 @@ def test_documented_commands_parse(command, monkeypatch):
     done = subprocess.run([sys.executable, "-m", step, "--help"], cwd=ROOT, capture_output=True, text=True)
     known = set(re.findall(r"(?:^|[ ,|])(--?\w+)", done.stdout))
     if step == "train":
-        from mistral_ft.training_arguments import FinetuneArguments
+        from mistral_ft.training.training_arguments import FinetuneArguments
 
         known |= {f"--{name}" for name in FinetuneArguments.__dataclass_fields__}
     assert [a for a in arguments if a.startswith("-") and a not in known] == []

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_ft.data import PackedDataset, PromptCollator, RecordDataset, TrainingCollator, measure_records
+from mistral_ft.data.dataset import PackedDataset, PromptCollator, RecordDataset, TrainingCollator, measure_records
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.images import ImageFitter
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
 from tests.conftest import TINY, read_rows, row, write_jsonl
 
 PAD = -8  # unlike any id or label, so that a mix-up shows

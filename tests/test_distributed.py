@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mistral_ft.data import PackBatches
+from mistral_ft.data.dataset import PackBatches
 from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 
 TRAIN = ("--model_id", TINY, "--learning_rate", "2e-3", "--lora_dropout", 0)
@@ -106,7 +106,7 @@ def test_two_processes_answer_what_one_does(pages, run_cli, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_the_batches_that_are_left(pages, run_cli, tmp_path, monkeypatch):
-    from mistral_ft import predictions
+    from mistral_ft.data import predictions
 
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     common = (pages / "train.jsonl", TINY, "--batch_size", 2, "--max_new_tokens", 4)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from mistral_ft.estimate import describe_training, duration, epoch_seconds, is_measured, longest_that_fits
-from mistral_ft.packing import activation_bytes
+from mistral_ft.data.packing import activation_bytes
+from mistral_ft.validation.estimate import describe_training, duration, epoch_seconds, is_measured, longest_that_fits
 from tests.conftest import TINY
 
 

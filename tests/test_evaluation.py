@@ -7,20 +7,20 @@ import signal
 
 import pytest
 
-from mistral_ft import checkpoints
-from mistral_ft.arguments import EvaluationArguments
-from mistral_ft.data import measure_records
-from mistral_ft.decoding import GreedyDecoder
+from mistral_ft.data.dataset import measure_records
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.evaluation import Evaluator, best_evaluation, hold_out, verdict
 from mistral_ft.files import write_json
-from mistral_ft.images import ImageFitter
-from mistral_ft.metrics import edit_counts
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
-from mistral_ft.run_folder import Run
-from mistral_ft.run_log import METRICS_FILE
-from mistral_ft.training import FinetuneTrainer
+from mistral_ft.prediction.decoding import GreedyDecoder
+from mistral_ft.scoring.metrics import edit_counts
+from mistral_ft.training import checkpoints
+from mistral_ft.training.arguments import EvaluationArguments
+from mistral_ft.training.evaluation import Evaluator, best_evaluation, hold_out, verdict
+from mistral_ft.training.run_folder import Run
+from mistral_ft.training.run_log import METRICS_FILE
+from mistral_ft.training.trainer import FinetuneTrainer
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
 from tests.test_distributed import TRAIN, run_folder, together
 
@@ -356,7 +356,7 @@ def test_without_being_asked_the_last_step_is_kept(pages, run_cli, losses, tmp_p
 def test_a_best_step_that_is_gone_costs_no_adapter(pages, run_cli, losses, tmp_path, monkeypatch):
     data = pages / "train.jsonl"
     losses({1: 1.0, 2: 2.0})
-    from mistral_ft import training
+    from mistral_ft.training import trainer as training
 
     monkeypatch.setattr(training.checkpoints, "fault", lambda path: "it is gone")
     code, out, err = run_cli(

@@ -6,17 +6,17 @@ import re
 import pytest
 import torch
 
-from mistral_ft import arguments
-from mistral_ft.arguments import LoraArguments, TrainParser
-from mistral_ft.data import RecordDataset, measure_records
-from mistral_ft.images import ImageFitter
-from mistral_ft.lora import add_adapter
-from mistral_ft.model import load_base
-from mistral_ft.preflight import plan_training
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneTrainer
-from mistral_ft.training_arguments import FinetuneArguments
+from mistral_ft.data.dataset import RecordDataset, measure_records
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
+from mistral_ft.model.adapter import add_adapter
+from mistral_ft.model.loading import load_base
+from mistral_ft.training import arguments
+from mistral_ft.training.arguments import LoraArguments, TrainParser
+from mistral_ft.training.preflight import plan_training
+from mistral_ft.training.trainer import FinetuneTrainer
+from mistral_ft.training.training_arguments import FinetuneArguments
 from tests.conftest import ROOT, TINY, make_page, row, write_jsonl
 
 # Where a flag is shown to act, if not by `learned` below.

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mistral_ft.tables import open_table
+from mistral_ft.data.tables import open_table
 from tests.conftest import make_page, write_jsonl
 
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "total", "arguments": '{"page": 1}'}}

@@ -14,11 +14,11 @@ from bitsandbytes.nn import Linear4bit, modules
 from torch import nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from mistral_ft import model as model_module
-from mistral_ft.arguments import FOUR_BITS, LoraArguments
-from mistral_ft.layers import LoraLinear
-from mistral_ft.lora import Adapter, add_adapter
-from mistral_ft.model import load_base
+from mistral_ft.model import loading as model_module
+from mistral_ft.model.adapter import Adapter, add_adapter
+from mistral_ft.model.layers import LoraLinear
+from mistral_ft.model.loading import load_base
+from mistral_ft.training.arguments import FOUR_BITS, LoraArguments
 from tests.conftest import read_rows
 from tests.lora_layers import by_peft_and_by_us
 from tests.tiny_models import write_model
@@ -115,7 +115,7 @@ def test_the_adapter_is_run_on_the_rounded_base(base, few_pages, train_tiny, run
     run = train_tiny(few_pages, "--model_id", base, "--load_in_4bit", "True", "--max_steps", 12)
     code, _, err = run_cli("predict", few_pages, run, "-o", "a.jsonl", "--max_new_tokens", 3)
     assert code == 0, err
-    from mistral_ft.prompt import PromptEncoder
+    from mistral_ft.data.prompt.encoder import PromptEncoder
 
     encoder = PromptEncoder.from_folder(base)
     last = read_rows(tmp_path / "a.jsonl")[4]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from mistral_ft.arguments import FP8, LoraArguments
 from mistral_ft.errors import UserError
-from mistral_ft.fp8 import E4M3, FP8Linear, round_layers, round_rows
-from mistral_ft.generation import ModelFolders
-from mistral_ft.layers import LayerRunner, LoraLinear, Seeds
-from mistral_ft.lora import Adapter, add_adapter
-from mistral_ft.model import check_rounding, load_base
+from mistral_ft.model.adapter import Adapter, add_adapter
+from mistral_ft.model.fp8 import E4M3, FP8Linear, round_layers, round_rows
+from mistral_ft.model.layers import LayerRunner, LoraLinear, Seeds
+from mistral_ft.model.loading import check_rounding, load_base
+from mistral_ft.prediction.generator import ModelFolders
+from mistral_ft.training.arguments import FP8, LoraArguments
 from tests.conftest import TINY, read_rows
 from tests.lora_layers import by_peft_and_by_us
 
@@ -144,7 +144,7 @@ def test_predict_runs_the_adapter_on_the_rounded_base(few_pages, train_tiny, run
     run = train_tiny(few_pages, "--base_dtype", "fp8", "--max_steps", 4)
     code, _, err = run_cli("predict", few_pages, run, "-o", "one.jsonl", "--max_new_tokens", 1)
     assert code == 0, err
-    from mistral_ft.prompt import PromptEncoder
+    from mistral_ft.data.prompt.encoder import PromptEncoder
 
     last, best = read_rows(tmp_path / "one.jsonl")[4], {}
     ids = torch.tensor([PromptEncoder.from_folder(TINY).encode(last["messages"])[0]])

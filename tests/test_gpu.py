@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MistralConfig, MistralForCausalLM
 
-from mistral_ft.arguments import FP8, LoraArguments
-from mistral_ft.data import RecordDataset, TrainingCollator
-from mistral_ft.decoding import GreedyDecoder
-from mistral_ft.fp8 import round_layers
-from mistral_ft.images import ImageFitter
-from mistral_ft.layers import LayerRunner, Seeds, set_up_compiler
-from mistral_ft.lora import add_adapter
-from mistral_ft.model import load_base
-from mistral_ft.pages import open_image
-from mistral_ft.preflight import take_over_layers
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
+from mistral_ft.data.dataset import RecordDataset, TrainingCollator
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.pages import open_image
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
+from mistral_ft.model.adapter import add_adapter
+from mistral_ft.model.fp8 import round_layers
+from mistral_ft.model.layers import LayerRunner, Seeds, set_up_compiler
+from mistral_ft.model.loading import load_base
+from mistral_ft.prediction.decoding import GreedyDecoder
+from mistral_ft.training.arguments import FP8, LoraArguments
+from mistral_ft.training.preflight import take_over_layers
 from tests.conftest import TINY, make_page, read_rows, row, write_jsonl
 
 pytestmark = [

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mistral_ft.generation import Answer
-from mistral_ft.json_fields import field_confidences, token_ends, value_spans
+from mistral_ft.prediction.field_confidence import field_confidences, token_ends, value_spans
+from mistral_ft.prediction.generator import Answer
 
 
 def test_values_are_found_where_they_stand():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mistral_ft.checkpoints import fault, newest_first
+from mistral_ft.training.checkpoints import fault, newest_first
 from tests.conftest import TINY, read_rows
 
 TRAIN = (

@@ -8,13 +8,13 @@ from peft import PeftModel
 from PIL import Image
 
 from dataset import make_dataset
-from mistral_ft import merge_comparison
-from mistral_ft.data import PromptCollator, RecordDataset
-from mistral_ft.images import ImageFitter
-from mistral_ft.lora import Adapter
-from mistral_ft.model import load_base
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
+from mistral_ft.data.dataset import PromptCollator, RecordDataset
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
+from mistral_ft.merging import comparison as merge_comparison
+from mistral_ft.model.adapter import Adapter
+from mistral_ft.model.loading import load_base
 from models.pretraining.pages import reserved
 from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mistral_ft.errors import UserError
-from mistral_ft.lora import Adapter, LayerUpdate
-from mistral_ft.merging import row_blocks
-from mistral_ft.model import load_base
+from mistral_ft.merging.merge import row_blocks
+from mistral_ft.model.adapter import Adapter, LayerUpdate
+from mistral_ft.model.loading import load_base
 from tests.adapters import VARIANTS, make_adapter
 from tests.conftest import TINY
 

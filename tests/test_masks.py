@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_ft.formats import as_record
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record
-from mistral_ft.records import Record, check_record, image_blocks
+from mistral_ft.data.formats import as_record
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record
+from mistral_ft.data.records import Record, check_record, image_blocks
 from tests.conversations import CHATS, NASTY, assistant, user
 
 TINY = Path("models/tiny")

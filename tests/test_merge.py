@@ -17,11 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from mistral_ft import files, merging
-from mistral_ft.lora import Adapter
-from mistral_ft.model import load_base
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.shards import Shard, Span, read_checkpoint
+from mistral_ft import files
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.merging import merge as merging
+from mistral_ft.merging.shards import Shard, Span, read_checkpoint
+from mistral_ft.model.adapter import Adapter
+from mistral_ft.model.loading import load_base
 from tests.adapters import VARIANTS, make_adapter, read_weights
 from tests.conftest import ROOT, TINY
 
@@ -391,7 +392,7 @@ def test_an_interrupt_does_not_wait_for_all_tensors(adapter, run_cli, tmp_path, 
 KILLED = """
 import os, signal, sys
 import merge_lora_weights, transformers
-import mistral_ft.lora, mistral_ft.merging, mistral_ft.model_card, mistral_ft.upload
+import mistral_ft.model.adapter, mistral_ft.merging.merge, mistral_ft.model.card, mistral_ft.merging.upload
 from mistral_ft.errors import run_step
 from transformers import AutoConfig
 from huggingface_hub import ModelCardData

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mistral_ft.packing import choose_length, fill, pack, round_up
+from mistral_ft.data.packing import choose_length, fill, pack, round_up
 
 
 def page_lengths(count: int) -> list[int]:

@@ -10,14 +10,14 @@ import pytest
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 
-from mistral_ft.data import RecordDataset, measure_records
+from mistral_ft.data.dataset import RecordDataset, measure_records
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.pages import MAX_PIXELS, fingerprint, limit_pixels, open_image, page_size, page_sizes
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
+from mistral_ft.data.references import check_reference, expand, expand_pages, resolve, split_page
 from mistral_ft.errors import UserError
-from mistral_ft.generation import page_lengths
-from mistral_ft.images import ImageFitter
-from mistral_ft.pages import MAX_PIXELS, fingerprint, limit_pixels, open_image, page_size, page_sizes
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
-from mistral_ft.references import check_reference, expand, expand_pages, resolve, split_page
+from mistral_ft.prediction.generator import page_lengths
 from tests.conftest import TINY, make_page, read_rows, row, write_jsonl
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import Mistral3ForConditionalGeneration
 
-from mistral_ft.data import cut_texts
-from mistral_ft.perplexity import Texts, compare_texts, perplexity
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record
-from mistral_ft.records import read_records
+from mistral_ft.data.dataset import cut_texts
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record
+from mistral_ft.data.records import read_records
+from mistral_ft.scoring.perplexity import Texts, compare_texts, perplexity
 from tests.conftest import TINY, read_rows, row, write_jsonl
 
 TEXTS = [

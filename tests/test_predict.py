@@ -10,17 +10,17 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mistral_ft import decoding
-from mistral_ft.data import PromptCollator, RecordDataset, TrainingCollator
-from mistral_ft.decoding import GreedyDecoder, prompt_groups
+from mistral_ft.data.dataset import PromptCollator, RecordDataset, TrainingCollator
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.predictions import Predictions
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.generation import PREDICTED, plan_batches
-from mistral_ft.images import ImageFitter
-from mistral_ft.lora import Adapter
-from mistral_ft.model import load_base
-from mistral_ft.predictions import Predictions
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
+from mistral_ft.model.adapter import Adapter
+from mistral_ft.model.loading import load_base
+from mistral_ft.prediction import decoding
+from mistral_ft.prediction.decoding import GreedyDecoder, prompt_groups
+from mistral_ft.prediction.generator import PREDICTED, plan_batches
 from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 

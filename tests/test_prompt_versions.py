@@ -28,9 +28,9 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record, save_prompt_files
+from mistral_ft.data.records import Record, checked
 from mistral_ft.errors import UserError
-from mistral_ft.prompt import IGNORE_INDEX, PromptEncoder, encode_record, save_prompt_files
-from mistral_ft.records import Record, checked
 from tests.conftest import TINY
 from tests.conversations import (
     CALL,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mistral_ft.review_desk import Desk
-from mistral_ft.reviews import Review, ReviewLog
+from mistral_ft.review.desk import Desk
+from mistral_ft.review.log import Review, ReviewLog
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
 
 DOCUMENT = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.records import read_records
 from tests.conftest import row
 
 GOOD = json.dumps(row(0, "A"))

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from mistral_ft.data.formats import DIRECT, convert
+from mistral_ft.data.records import read_records
+from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import UserError
-from mistral_ft.formats import DIRECT, convert
-from mistral_ft.records import read_records
-from mistral_ft.splitting import Splitter
 from tests.conftest import make_page, read_rows, write_jsonl
 
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mistral_ft.report import diff, percent
+from mistral_ft.scoring.report import diff, percent
 from tests.conftest import ROOT, row, write_jsonl
 
 

@@ -16,9 +16,11 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from mistral_ft import scoring, statistics
-from mistral_ft.comparison import Comparison, compare
-from mistral_ft.confidence import (
+from mistral_ft.errors import UserError
+from mistral_ft.scoring import statistics
+from mistral_ft.scoring import totals as scoring
+from mistral_ft.scoring.comparison import Comparison, compare
+from mistral_ft.scoring.confidence import (
     confidence_of,
     expected_calibration_error,
     reliability,
@@ -26,11 +28,10 @@ from mistral_ft.confidence import (
     risk_coverage,
     threshold_for,
 )
-from mistral_ft.errors import UserError
-from mistral_ft.metrics import anls, fields_of, fold, grade, is_exact, is_hit, token_f1
-from mistral_ft.mistakes import Common, confusions
-from mistral_ft.scoring import Options, Totals, figures, score_file
-from mistral_ft.statistics import mcnemar, paired_bootstrap, wilson
+from mistral_ft.scoring.metrics import anls, fields_of, fold, grade, is_exact, is_hit, token_f1
+from mistral_ft.scoring.mistakes import Common, confusions
+from mistral_ft.scoring.statistics import mcnemar, paired_bootstrap, wilson
+from mistral_ft.scoring.totals import Options, Totals, figures, score_file
 from tests.conftest import ROOT, read_rows, row, write_jsonl
 
 ROWS = [

@@ -27,20 +27,21 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from mistral_ft import review_index, review_runs
+from mistral_ft.data.pages import page_sizes
+from mistral_ft.data.predictions import Predictions
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.pages import page_sizes
-from mistral_ft.predictions import Predictions
-from mistral_ft.records import read_records
-from mistral_ft.review_app import ReviewApp
-from mistral_ft.review_desk import Desk
-from mistral_ft.review_diff import diff
-from mistral_ft.review_export import export
-from mistral_ft.review_index import RowIndex, index_part, line_starts
-from mistral_ft.review_pages import find_page, render_page
-from mistral_ft.review_security import Guard
-from mistral_ft.review_tokens import TokenView
-from mistral_ft.reviews import Outdated, Review, ReviewLog, log_path
+from mistral_ft.review import index as review_index
+from mistral_ft.review import runs as review_runs
+from mistral_ft.review.app import ReviewApp
+from mistral_ft.review.desk import Desk
+from mistral_ft.review.export import export
+from mistral_ft.review.guard import Guard
+from mistral_ft.review.index import RowIndex, index_part, line_starts
+from mistral_ft.review.log import Outdated, Review, ReviewLog, log_path
+from mistral_ft.review.page_files import find_page, render_page
+from mistral_ft.review.tokens import TokenView
+from mistral_ft.scoring.diff import diff
 from mistral_ft.status import read_status
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
 
@@ -731,7 +732,7 @@ class TestPages:
         assert texts == ["Title?", "many.tif#page=2-3", "embedded image", "many.tif#page=4", "many.tif#page=x"]
 
     def test_large_pages_are_scaled_down(self, folder, monkeypatch):
-        monkeypatch.setattr("mistral_ft.review_pages.MOST_PIXELS", 1000)
+        monkeypatch.setattr("mistral_ft.review.page_files.MOST_PIXELS", 1000)
         data, _ = render_page(f"{folder}/deep/a.png", 0)
         with Image.open(io.BytesIO(data)) as shown:
             assert shown.width * shown.height <= 1000
@@ -1203,7 +1204,7 @@ class TestProcess:
     def test_slow_clients_are_let_go_and_the_others_served(self, tmp_path):
         path = write_jsonl(tmp_path / "p.jsonl", ROWS)
         hurry = (
-            "import mistral_ft.review_security as s; s.REQUEST_SECONDS = 1; import server; server.run_step(server.main)"
+            "import mistral_ft.review.guard as s; s.REQUEST_SECONDS = 1; import server; server.run_step(server.main)"
         )
         running = Server(path, code=hurry)
         try:
@@ -1231,9 +1232,7 @@ class TestProcess:
     def test_a_reader_that_stands_still_is_let_go(self, tmp_path):
         path = write_jsonl(tmp_path / "p.jsonl", [row(0, "A", ["large.bmp"])])
         Image.effect_noise((3000, 3000), 90).save(tmp_path / "large.bmp")  # some MB as JPEG
-        hurry = (
-            "import mistral_ft.review_security as s; s.STALL_SECONDS = 1; import server; server.run_step(server.main)"
-        )
+        hurry = "import mistral_ft.review.guard as s; s.STALL_SECONDS = 1; import server; server.run_step(server.main)"
         running = Server(path, code=hurry)
         try:
             reader = socket.socket()

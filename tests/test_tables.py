@@ -14,12 +14,12 @@ import datasets
 import pytest
 from PIL import Image
 
-from mistral_ft import rows as rows_module
+from mistral_ft.data import rows as rows_module
+from mistral_ft.data.pages import fingerprint, open_image
+from mistral_ft.data.records import read_records
+from mistral_ft.data.rows import RowSource, data_files
+from mistral_ft.data.tables import open_table
 from mistral_ft.errors import UserError
-from mistral_ft.pages import fingerprint, open_image
-from mistral_ft.records import read_records
-from mistral_ft.rows import RowSource, data_files
-from mistral_ft.tables import open_table
 from tests.conftest import ROOT, read_rows
 
 
@@ -227,7 +227,7 @@ def test_a_set_of_the_hub(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
     program = (
-        "from mistral_ft.records import read_records; from mistral_ft.pages import open_image\n"
+        "from mistral_ft.data.records import read_records; from mistral_ft.data.pages import open_image\n"
         "(record,) = read_records(['org/name:train'], expected_required=True)\n"
         "print(record.path, record.line, record.expected, open_image(*record.image_paths).getpixel((0, 0)))"
     )

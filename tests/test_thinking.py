@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("mistral_common")  # not to be had for Python 3.10
 pytest.importorskip("sentencepiece")
 
-from mistral_ft.generation import Answer, Generator
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import Record, read_records
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import Record, read_records
+from mistral_ft.prediction.generator import Answer, Generator
 from tests.conftest import TINY, read_rows, write_jsonl
 from tests.conversations import CALL, HOW_TO_THINK, NASTY, TOOLS, assistant, text, thinking, user
 from tests.tiny_models import sharpen, write_model, write_tekken

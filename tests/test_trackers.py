@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
-from mistral_ft import model
+from mistral_ft.model import loading as model
 from tests.conftest import ROOT, TINY, read_rows
 
 STEPS = ("--max_steps", 2, "--save_strategy", "no", "--eval_steps", 2, "--eval_dataset")

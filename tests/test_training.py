@@ -11,21 +11,22 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from mistral_ft import run_folder, training
-from mistral_ft.arguments import LoraArguments, SpeedArguments
-from mistral_ft.data import RecordDataset, RecordSize, measure_records
+from mistral_ft.data.dataset import RecordDataset, RecordSize, measure_records
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.pages import open_image
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.evaluation import Evaluator
-from mistral_ft.images import ImageFitter
-from mistral_ft.layers import EmbeddingNoise, LoraLinear, hashed_dropout
-from mistral_ft.lora import add_adapter, target_modules
-from mistral_ft.model import load_base
-from mistral_ft.pages import open_image
-from mistral_ft.preflight import Trial, largest, plan_layers, plan_training
-from mistral_ft.prompt import PromptEncoder
-from mistral_ft.records import read_records
-from mistral_ft.training import FinetuneTrainer
-from mistral_ft.training_arguments import FinetuneArguments, check_optimizer
+from mistral_ft.model.adapter import add_adapter, target_modules
+from mistral_ft.model.layers import EmbeddingNoise, LoraLinear, hashed_dropout
+from mistral_ft.model.loading import load_base
+from mistral_ft.training import run_folder
+from mistral_ft.training import trainer as training
+from mistral_ft.training.arguments import LoraArguments, SpeedArguments
+from mistral_ft.training.evaluation import Evaluator
+from mistral_ft.training.preflight import Trial, largest, plan_layers, plan_training
+from mistral_ft.training.trainer import FinetuneTrainer
+from mistral_ft.training.training_arguments import FinetuneArguments, check_optimizer
 from tests.conftest import TINY, read_rows
 
 ALL = LoraArguments(lora_dropout=0, vision_lora=True, train_projector=True)

@@ -8,8 +8,8 @@ import signal
 import pytest
 from PIL import Image
 
-from mistral_ft.predictions import Predictions
-from mistral_ft.reviews import log_path
+from mistral_ft.data.predictions import Predictions
+from mistral_ft.review.log import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
 from tests.test_server import OTHER, THOUGHT, Server, wait_for, write_status
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mistral_ft.validation import RowChecker, Source, describe
+from mistral_ft.validation.checker import RowChecker, Source, describe
 from tests.conftest import TINY, make_page, row, write_jsonl
 
 ASK = {"role": "user", "content": "a"}
@@ -639,7 +639,7 @@ def test_a_report_on_good_data_and_without_a_model(run_cli, pages, tmp_path):
 
 
 def test_thumbnails_are_those_of_the_pages_that_are_meant_and_not_too_many(run_cli, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("mistral_ft.validation_report.MOST_THUMBNAILS", 3)
+    monkeypatch.setattr("mistral_ft.validation.report.MOST_THUMBNAILS", 3)
     lines = [
         blocks(
             {"type": "image", "image": "good.png"}, {"type": "image", "image": "low.png"}, {"type": "text", "text": t}

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from mistral_ft import callbacks, data, generation, workers
+from mistral_ft.data import dataset as data
+from mistral_ft.data import workers
+from mistral_ft.data.workers import KILLED, Sending, usable_workers
+from mistral_ft.prediction import generator as generation
 from mistral_ft.status import read_status
-from mistral_ft.workers import KILLED, Sending, usable_workers
+from mistral_ft.training import callbacks
 from tests.conftest import TINY, read_rows
 
 
@@ -128,7 +131,7 @@ def dies_in_a_worker(original):
 
 
 def test_a_worker_killed_in_an_evaluation(command, run_cli, monkeypatch, pages):
-    from mistral_ft import evaluation
+    from mistral_ft.training import evaluation
 
     class Dies(data.PackedDataset):
         __getitem__ = dies_in_a_worker(data.PackedDataset.__getitem__)

@@ -1,0 +1,317 @@
+"""Rows as other toolkits write them, and how they become records.
+
+| format   | a row                                                                          |
+|----------|--------------------------------------------------------------------------------|
+| native   | {"messages": [...], "expected": ...} or {"text": ...}, as records.py checks it   |
+| alpaca   | {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer]]} |
+| sharegpt | {"conversations": [{"from": "human" or "gpt", "value"}, ...], "system"?}         |
+| llava    | sharegpt with "image" or "images", shown where the text says <image>            |
+| openai   | {"messages": [...]} with parts of type image_url, the last one the assistant's  |
+| columns  | a prompt and an answer under names of their own                                 |
+| inst     | {"text": "<s>[INST] question [/INST] answer</s>"}                               |
+
+Fields that a format does not use are the user's and stay.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mistral_ft.data.conversation import with_weights
+
+COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+RESERVED = ("id", "messages", "expected", "actual", "error")
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"
+SYSTEM_PROMPT = re.compile(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)
+TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\[INST\])|\Z)", re.DOTALL)
+
+Row = dict[str, Any]
+Conversation = tuple[list[dict[str, Any]], str | None, set[str]]  # messages, expected, the fields they are made of
+
+
+def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[str]:
+    """The formats a row may have, the likeliest first; none for a row of no known kind.
+
+    Args:
+        columns: names of the user's `prompt`, `answer` and `image` columns.
+    """
+    messages = row.get("messages")
+    if columns:
+        return ["columns"] if columns["prompt"] in row and columns["answer"] in row else []
+    if "conversations" in row:
+        return ["llava"] if "image" in row or "images" in row else ["sharegpt", "llava"]
+    if isinstance(messages, list) and messages:
+        if row.get("expected") is not None:
+            return ["native"]
+        return ["openai"] if any(map(_is_openai, messages)) else ["native", "openai"]
+    if "instruction" in row and "output" in row:
+        return ["alpaca"]
+    if any(prompt in row and answer in row for prompt, answer in COLUMNS):
+        return ["columns"]
+    if isinstance(row.get("text"), str):
+        return ["inst" if TURN.match(SYSTEM_PROMPT.sub("", row["text"], count=1)) else "native"]
+    return []
+
+
+def _is_openai(message: Any) -> bool:
+    """Whether a message has what only OpenAI's rows have: images as image_url parts, or the developer's role."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else []
+    return bool(content) and (
+        message.get("role") == "developer" or any(isinstance(p, dict) and p.get("type") == "image_url" for p in parts)
+    )
+
+
+def as_record(row: Row) -> Row:
+    """A row of a data file as a record, not yet checked.
+
+    Prompt and answer columns and [INST] text become messages; images in a column of their own go to the image blocks
+    that name none; tools written as JSON text are read. Everything else stays as it is.
+
+    Raises:
+        ValueError: why that cannot be done, in one line.
+    """
+    form = next(iter(possible_formats(row)), None)
+    if form in DIRECT:
+        row, _ = convert(row, form)
+    if form == "native" and "messages" in row and ("images" in row or "image" in row):
+        row = row | {"messages": _fill_images(row)}
+    if isinstance(row.get("tools"), str):
+        try:
+            row = row | {"tools": json.loads(row["tools"])}
+        except (ValueError, RecursionError):
+            raise ValueError("`tools` is text that is no JSON") from None
+    return row
+
+
+def _fill_images(row: Row) -> list[dict[str, Any]]:
+    """A row's messages, their image blocks without `image` given the images of the row's column, in order."""
+    messages = row["messages"]
+    empty = [
+        block
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for block in message["content"]
+        if isinstance(block, dict) and block.get("type") == "image" and block.get("image") is None
+    ]
+    if not empty:
+        return messages
+    images = _images(row)
+    if len(images) != len(empty):
+        raise ValueError(f"{len(empty)} image blocks name no image, and the row's column has {len(images)} of them")
+    named = {id(block): block | {"image": image} for block, image in zip(empty, images, strict=True)}
+    return [
+        message | {"content": [named.get(id(block), block) for block in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple[Row, list[str]]:
+    """One row as a record, not yet checked; images stay the paths or URLs that they were.
+
+    Returns:
+        The record, and the names of fields that were left out because a record uses them otherwise.
+
+    Raises:
+        ValueError: why it is no row of this format, in one line.
+    """
+    if form == "native" and "messages" not in row:
+        messages, expected, used = None, None, set()  # plain text
+    else:
+        messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
+    record = {"id": row["id"]} if row.get("id") is not None else {}
+    if messages is not None:
+        record["messages"] = messages
+    if expected is not None:
+        record["expected"] = expected
+    others = {name: value for name, value in row.items() if name not in used and name != "id"}
+    return record | {n: v for n, v in others.items() if n not in RESERVED}, [n for n in others if n in RESERVED]
+
+
+def _native(row: Row) -> Conversation:
+    return [_from_parts(m) for m in _list(row, "messages")], row.get("expected"), {"messages", "expected"}
+
+
+def _alpaca(row: Row) -> Conversation:
+    prompt, extra = _text(row, "instruction"), _text(row | {"input": row.get("input") or ""}, "input")
+    messages = _system(row)
+    for pair in _list(row, "history") if row.get("history") else []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError("`history` must be a list of [question, answer] pairs")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
+    used = {"instruction", "input", "output", "system", "history", "image", "images"}
+    return _with_images(with_weights(messages, default=1), _images(row)), _text(row, "output"), used
+
+
+def _sharegpt(row: Row) -> Conversation:
+    if _images(row):
+        raise ValueError("has images: convert the file with --format llava")
+    return _conversations(row)
+
+
+def _llava(row: Row) -> Conversation:
+    messages, expected, used = _conversations(row)
+    images = _images(row)
+    if not images and any(IMAGE in message["content"] for message in messages):
+        raise ValueError(f"the text says {IMAGE}, but the row has no `image`")
+    return _with_images(messages, images), expected, used | {"image", "images"}
+
+
+def _conversations(row: Row) -> Conversation:
+    messages = _system(row)
+    for number, turn in enumerate(_list(row, "conversations"), 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number}: expected an object with `from` and a string `value`")
+        if turn.get("from") not in list(SPEAKERS):  # which may be no string
+            raise ValueError(f"turn {number}: unknown `from` {turn.get('from')!r}; expected {', '.join(SPEAKERS)}")
+        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
+    return *_answered(messages), {"conversations", "system"}
+
+
+def _openai(row: Row) -> Conversation:
+    messages = [_from_parts(message) for message in _list(row, "messages")]
+    return *_answered(messages), {"messages"}
+
+
+def _from_parts(message: Any) -> dict[str, Any]:
+    """A chat message with image_url parts as image blocks, and the developer's role under its older name."""
+    if not isinstance(message, dict):
+        raise ValueError("a message must be an object with `role` and `content`")
+    message = message | ({"role": "system"} if message.get("role") == "developer" else {})
+    if not isinstance(message.get("content"), list):
+        return message
+    blocks = []
+    for part in message["content"]:
+        if isinstance(part, dict) and part.get("type") == "image_url":
+            url = part.get("image_url")
+            part = {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
+        blocks.append(part)
+    return message | {"content": blocks}
+
+
+def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+    """The messages up to the last, which is the answer to learn, and that answer.
+
+    All messages and None if it is no text to learn, but a tool call, of weight 0 or with thinking. Earlier answers are
+    learned too, as other toolkits do.
+    """
+    last = messages[-1]
+    if last.get("role") != "assistant":
+        raise ValueError(f"ends with the {last.get('role')}'s turn, so there is no answer to learn")
+    answer = last.get("content")
+    parts = [part for part in answer if isinstance(part, dict)] if isinstance(answer, list) else []
+    if last.get("tool_calls") or last.get("weight") == 0 or any(part.get("type") == "thinking" for part in parts):
+        return messages, None
+    if isinstance(answer, list) and all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in answer):
+        answer = "".join(block["text"] for block in answer)
+    if not isinstance(answer, str):
+        raise ValueError("the last answer must be text")
+    return with_weights(messages[:-1], default=1), answer
+
+
+def _columns(row: Row, columns: dict[str, str] | None) -> Conversation:
+    if columns is None:
+        pairs = [pair for pair in COLUMNS if pair[0] in row and pair[1] in row]
+        if not pairs:
+            known = ", ".join("/".join(pair) for pair in COLUMNS)
+            raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
+        columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
+    prompt, answer = row.get(columns["prompt"]), row.get(columns["answer"])
+    if isinstance(prompt, list) and isinstance(answer, list) and all(isinstance(m, dict) for m in prompt + answer):
+        return with_weights(prompt, default=0) + answer, None, {columns["prompt"], columns["answer"]}
+    images = _images(row, (columns["image"],) if "image" in columns else ("image", "images"))
+    messages = [*_system(row), {"role": "user", "content": _text(row, columns["prompt"])}]
+    used = {*columns.values(), "system"} | ({"image", "images"} if "image" not in columns else set())
+    return _with_images(messages, images), _text(row, columns["answer"]), used
+
+
+def _inst(row: Row) -> Conversation:
+    text, messages = _text(row, "text").strip(), []
+    text = text.removeprefix("<s>").lstrip()
+    if found := SYSTEM_PROMPT.match(text):
+        messages.append({"role": "system", "content": found[1].strip()})
+        text = text[found.end() :]
+    place = 0
+    while place < len(text):
+        turn = TURN.match(text, place)
+        if not turn or "[INST]" in turn[1] or "[/INST]" in turn[2]:
+            raise ValueError("`text` is no chain of [INST] question [/INST] answer</s>")
+        messages.append({"role": "user", "content": turn[1].strip()})
+        messages.append({"role": "assistant", "content": turn[2].strip()})
+        place = turn.end()
+    if not messages or not messages[-1]["content"]:
+        raise ValueError("`text` has no answer after [/INST]")
+    return *_answered(messages), {"text"}
+
+
+CONVERTERS: dict[str, Callable[[Row], Conversation]] = {
+    "native": _native,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "llava": _llava,
+    "openai": _openai,
+    "inst": _inst,
+}
+FORMATS = (*CONVERTERS, "columns")
+DIRECT = ("columns", "inst")  # that every step takes as they are
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f"no `{name}`")
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a string, got {json.dumps(value)[:40]}")
+    return value
+
+
+def _list(row: Row, name: str) -> list:
+    value = row.get(name)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"no `{name}`" if value is None else f"`{name}` must be a list with something in it")
+    return value
+
+
+def _system(row: Row) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _images(row: Row, names: tuple[str, ...] = ("image", "images")) -> list[str]:
+    """A row's images, given as one path or URL or as a list of them."""
+    images = next((row[name] for name in names if row.get(name)), [])
+    images = images if isinstance(images, list) else [images]
+    if not all(isinstance(image, str) and image for image in images):
+        raise ValueError("an image must be a path, or a data: or file: URL")
+    return images
+
+
+def _with_images(messages: list[dict[str, Any]], images: list[str]) -> list[dict[str, Any]]:
+    """Images as blocks at the user's placeholders, in order; without placeholders, behind the first question."""
+    if not images:
+        return messages
+    asked = [message for message in messages if message["role"] == "user"]
+    if not asked:
+        raise ValueError("has an image, but no question")
+    places = sum(message["content"].count(IMAGE) for message in asked)
+    if not places:
+        asked[0]["content"] += IMAGE * len(images)
+    elif places != len(images):
+        raise ValueError(f"the number of {IMAGE} in the questions, {places}, is not that of images, {len(images)}")
+    left = iter(images)
+    for message in asked:
+        if IMAGE not in message["content"]:
+            continue
+        blocks = []
+        for number, text in enumerate(message["content"].split(IMAGE)):
+            if number:
+                blocks.append({"type": "image", "image": next(left)})
+            # The line breaks that set a placeholder apart from the text are no part of the question.
+            if text := text.strip("\n"):
+                blocks.append({"type": "text", "text": text})
+        message["content"] = blocks
+    return messages

@@ -1,0 +1,292 @@
+"""Pages: the one place where an image reference (see `references.py`) becomes a picture, upright and in RGB.
+
+Files and data URLs are read by Pillow, PDFs by PDFium. Train, predict, validate and the review page all come here, so
+that they see the same page.
+"""
+
+import base64
+import binascii
+import contextlib
+import functools
+import hashlib
+import io
+import math
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import IO
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.references import is_data_url, split_page, table_of
+from mistral_ft.errors import UserError
+from mistral_ft.files import sha256_file
+
+PDF_DPI = 200  # of pages that are drawn for no model
+PDF_PIXELS = 25_000_000  # that such a page may have
+# A JPEG is decoded at a half, quarter or eighth of its size if that is at least twice the size it is fed at, as in
+# Pillow's Image.thumbnail. Scans at 600 dpi come out 0.1 to 0.7 of 255 grey levels apart from those decoded in full.
+REDUCING_GAP = 2
+# The environment reaches every worker process, however it is started.
+MAX_PIXELS = "MISTRAL_FT_MAX_IMAGE_PIXELS"
+
+_pdfium = threading.Lock()  # PDFium does one thing at a time
+
+
+def limit_pixels(most: int | None) -> None:
+    """Set the pixels that an image may have, here and in worker processes yet to be started; None changes nothing.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if most is not None:
+        if most < 1:
+            raise UserError(f"--max_image_pixels {most}: must be at least 1")
+        os.environ[MAX_PIXELS] = str(most)
+    if MAX_PIXELS in os.environ:
+        Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS]) / 2  # Pillow refuses what has twice as many
+
+
+limit_pixels(None)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the limit on
+
+
+def open_image(reference: str | os.PathLike, fitter: ImageFitter | None = None) -> Image.Image:
+    """Open, decode and turn upright one page, as RGB. Transparency becomes white paper.
+
+    Args:
+        reference: of one page; a path that may stand anywhere (see `references.resolve`).
+        fitter: of the model that is to see the page: PDF pages are drawn as large as it is fed them, large JPEG
+            scans are decoded in part and given as they are fed. `fitter.grid` is the same for these as for the whole.
+
+    Raises:
+        ValueError: why it cannot be opened, in one line.
+    """
+    with opened(reference) as (document, page):
+        return document.image(_one_page(document, page), fitter)
+
+
+def page_size(reference: str | os.PathLike, fitter: ImageFitter | None = None) -> tuple[int, int]:
+    """The (width, height) in pixels of a page, upright, from the file's header; of a PDF's page as it is drawn.
+
+    `fitter.grid` gives the same for it as for the size of what `open_image` gives.
+
+    Raises:
+        ValueError: why it cannot be opened, in one line.
+    """
+    with opened(reference) as (document, page):
+        return document.size(_one_page(document, page), fitter)
+
+
+def page_sizes(reference: str | os.PathLike, most: int) -> list[tuple[int, int]]:
+    """`page_size` of the page that a reference names, or of a file's first `most` pages if it names none."""
+    with opened(reference) as (document, page):
+        pages = range(min(document.count, most)) if page is None else [_one_page(document, page)]
+        return [document.size(page) for page in pages]
+
+
+def fingerprint(reference: str) -> str:
+    """SHA-256 of a page, in hexadecimal: the same for the same bytes under any name, and another for another page.
+
+    Raises:
+        ValueError: if it is a damaged data URL or not in its table; OSError: if the file cannot be read.
+    """
+    name, page = split_page(reference)
+    if is_data_url(name) or table_of(name):
+        with bytes_of(name) as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+    else:
+        digest = _file_hash(name)
+    return hashlib.sha256(f"{digest} {page}".encode()).hexdigest() if page else digest
+
+
+_file_hash = functools.lru_cache(64)(sha256_file)  # a PDF has many pages
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 data URL; raises ValueError if it is none."""
+    head, _, text = url.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise ValueError("it is no base64 data URL (data:image/png;base64,…)")
+    try:
+        return base64.b64decode(re.sub(r"\s", "", unquote(text)), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("it is no valid base64: is it cut off?") from None
+
+
+@contextlib.contextmanager
+def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile", int | None]]:
+    """Open what a reference names, no more than its header read; what goes wrong becomes one line.
+
+    Yields:
+        The document and the page that the reference names, counted from 0; None if it names none.
+
+    Raises:
+        ValueError: why it cannot be opened.
+    """
+    reference = str(reference)
+    name, page = split_page(reference)
+    most = 40 if is_data_url(name) else 300
+    shown = reference if len(name) <= most else f"{name[:most]}…{reference[len(name) :]}"
+    try:
+        with bytes_of(name) as file:
+            is_pdf = file.read(5) == b"%PDF-"
+            file.seek(0)
+            with PdfFile.opened(file) if is_pdf else PillowFile.opened(file) as document:
+                yield document, page
+    except FileNotFoundError:
+        raise ValueError(f"image {shown} does not exist") from None
+    except Image.DecompressionBombError:
+        limit = int(2 * Image.MAX_IMAGE_PIXELS / 10**6)
+        raise ValueError(
+            f"image {shown} has more than {limit} million pixels; scale it down, or raise --max_image_pixels"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"image {shown} cannot be opened: no PDF, and no image format that Pillow knows") from None
+    except Exception as error:  # a damaged file makes Pillow's readers raise anything, RuntimeError and IndexError too
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
+        raise ValueError(f"image {shown} cannot be opened: {reason}") from None
+
+
+def bytes_of(name: str) -> IO[bytes]:
+    """The bytes of a path, data URL or place in a table, to read; raises ValueError or OSError if there are none."""
+    if is_data_url(name):
+        return io.BytesIO(decode_data_url(name))
+    if table_of(name):
+        from mistral_ft.data.tables import open_image_bytes  # imports datasets, which takes a second
+
+        return open_image_bytes(name)
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
+    # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.
+    return open(name, "rb")
+
+
+def _one_page(document: "PillowFile | PdfFile", page: int | None) -> int:
+    """The page to open: the one that is named, or the only one."""
+    if page is None and document.count > 1:
+        count = document.count
+        raise ValueError(f"it has {count} pages: add #page=1 to the path for one, or #page=1-{count} for all of them")
+    if (page or 0) >= document.count:
+        raise ValueError(f"it has no page {(page or 0) + 1}, the last is {document.count}")
+    return page or 0
+
+
+class PillowFile:
+    """A file that Pillow reads: one page, or the frames of a TIFF. Of a GIF or MPO only the first frame is a page."""
+
+    def __init__(self, header: Image.Image):
+        self.header = header
+        self.count = header.n_frames if header.format == "TIFF" else 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, file: IO[bytes]) -> Iterator["PillowFile"]:
+        with Image.open(file) as header:
+            yield cls(header)
+
+    def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
+        self.header.seek(page)
+        # Pillow gives a TIFF's size upright.
+        return self.header.size[::-1] if self.header.format != "TIFF" and self._sideways else self.header.size
+
+    def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
+        self.header.seek(page)
+        image = self._reduced(fitter) if fitter and self.header.format in ("JPEG", "MPO") else None
+        if image is None:
+            self.header.load()
+            image = self.header
+        # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
+        return to_rgb(image)
+
+    @property
+    def orientation(self) -> int:
+        """How the page is stored, as EXIF counts it; 1 is upright."""
+        return self.header.getexif().get(ExifTags.Base.Orientation, 1)
+
+    @property
+    def _sideways(self) -> bool:
+        return self.orientation in (5, 6, 7, 8)
+
+    def _reduced(self, fitter: ImageFitter) -> Image.Image | None:
+        """A JPEG at the size it is fed at, decoded in part; None if it is too small for that."""
+        width, height = self.header.size
+        try:
+            rows, columns = fitter.grid(*self._turned(width, height))
+        except ValueError:  # too thin for the model, as it will find out
+            return None
+        upright = columns * fitter.cell_size, rows * fitter.cell_size
+        fed = self._turned(*upright)
+        ratio = min(width / fed[0], height / fed[1])
+        part = next((part for part in (8, 4, 2) if ratio >= REDUCING_GAP * part), None)
+        if part is None or fitter.grid(*upright) != (rows, columns):
+            return None
+        self.header.draft(None, (width // part, height // part))
+        # The last column and row may stand for less than a pixel: without the box, print would be shifted.
+        return self.header.resize(fed, fitter.resample, (0, 0, width / part, height / part))
+
+    def _turned(self, width: int, height: int) -> tuple[int, int]:
+        return (height, width) if self._sideways else (width, height)
+
+
+class PdfFile:
+    """A PDF. PDFium is locked while it is open."""
+
+    def __init__(self, pdf):
+        self.pdf = pdf
+        self.count = len(pdf)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, file: IO[bytes]) -> Iterator["PdfFile"]:
+        import pypdfium2  # not needed where there are no PDFs
+
+        with _pdfium:
+            try:
+                with contextlib.closing(pypdfium2.PdfDocument(file)) as pdf:
+                    pdf.init_forms()  # or what was filled in is not drawn
+                    yield cls(pdf)
+            except pypdfium2.PdfiumError as error:
+                reasons = {
+                    pypdfium2.raw.FPDF_ERR_PASSWORD: "the PDF is protected by a password; save a copy without",
+                    pypdfium2.raw.FPDF_ERR_FORMAT: "the PDF is damaged, or has no page",
+                }
+                raise ValueError(reasons.get(error.err_code, f"the PDF is damaged: {error}")) from None
+
+    def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
+        width, height = self.pdf.get_page_size(page)
+        scale = self._scale(page, fitter)
+        return math.ceil(width * scale), math.ceil(height * scale)  # as PdfPage.render rounds
+
+    def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
+        return self.pdf[page].render(scale=self._scale(page, fitter)).to_pil().convert("RGB")
+
+    def _scale(self, page: int, fitter: ImageFitter | None) -> float:
+        """Pixels per point (1/72 inch)."""
+        width, height = self.pdf.get_page_size(page)
+        if fitter:
+            scale = fitter.longest_edge / max(width, height)
+        else:
+            scale = min(PDF_DPI / 72, (PDF_PIXELS / (width * height)) ** 0.5)
+        return scale * (1 - 1e-6)  # PDFium's sizes are 32-bit floats: a little more would be rounded up to a pixel more
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB: alpha on white, and 16-bit, 32-bit and float greys scaled to 8 bits instead of clipped."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        # Files do not store their full scale: take the smallest usual one that holds the brightest value.
+        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
+        full_scale = next((scale for scale in usual if values.max() <= scale), values.max())
+        image = Image.fromarray((values.clip(0) * (255 / full_scale)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")

@@ -1,0 +1,217 @@
+"""Rows: what a data file holds before anyone asks what it means, as (number, JSON) one by one.
+
+| source                                    | rows                                                          |
+|-------------------------------------------|---------------------------------------------------------------|
+| a.jsonl                                   | its lines, numbered from 1                                    |
+| a.json                                    | the values of the one JSON array that it is                   |
+| a.parquet, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it         |
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mistral_ft.errors import RecordError, UserError
+from mistral_ft.folders import HUB_ID
+
+TABLE_FILES = ("*.parquet", "*.arrow")  # which make a folder a table
+FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")  # of what is no hub id, though it looks like one
+
+
+def is_table(path: str | os.PathLike) -> bool:
+    """Whether a source is read by `datasets`: a parquet file, a folder or a hub id, with or without a split."""
+    path = Path(path)
+    if path.is_dir():
+        return any(next(path.rglob(pattern), None) for pattern in TABLE_FILES)
+    if path.exists():
+        return path.suffix == ".parquet"
+    name, colon, _ = str(path).rpartition(":")
+    if colon and Path(name).is_dir():
+        return is_table(name)
+    return path.suffix not in FILE_SUFFIXES and re.fullmatch(rf"{HUB_ID}(:[\w.-]+)?", str(path)) is not None
+
+
+class RowSource:
+    """The rows of a source, to be counted and then read: a JSON array is loaded once for both.
+
+    Iterated over, it gives (number from 1, JSON) of every row; nothing is parsed but what must be, to tell rows apart.
+
+    Args:
+        images_dir: the folder that references to images within a table are relative to.
+
+    Raises:
+        UserError: when it is counted or read, if the source cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, images_dir: Path):
+        self.path, self.images_dir = path, images_dir
+        self._array: list[Any] | None = None
+
+    def count(self) -> int:
+        """How many rows there are, blank lines among them, without reading them one by one."""
+        if is_table(self.path):
+            from mistral_ft.data.tables import open_table  # imports datasets, which takes a second
+
+            return len(open_table(str(self.path)))
+        with open_file(self.path) as file:
+            if _is_array(file):
+                self._array = _load_array(Path(self.path))
+                return len(self._array)
+            count, block = 0, b""
+            while more := file.read(1 << 20):
+                block = more
+                count += block.count(b"\n")
+        return count + (block[-1:] not in (b"", b"\n"))
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        if is_table(self.path):
+            from mistral_ft.data.tables import read_table
+
+            yield from read_table(str(self.path), self.images_dir)
+            return
+        with open_file(self.path) as file:
+            if _is_array(file):
+                array, self._array = self._array, None  # it takes memory no longer than it is read
+                array = _load_array(Path(self.path)) if array is None else array
+                yield from enumerate(map(_to_json, array), 1)
+            else:
+                yield from enumerate(file, 1)
+
+
+def data_files(path: str | os.PathLike) -> list[Path]:
+    """The files that hold a source's rows: what must be the same for the rows to be the same.
+
+    Raises:
+        UserError: if the source cannot be read.
+    """
+    if is_table(path) and not Path(path).is_file():
+        from mistral_ft.data.tables import open_table
+
+        return [Path(file["filename"]) for file in open_table(str(path)).cache_files]
+    open_file(path).close()
+    return [Path(path)]
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Open a data file to read its lines as bytes.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return open(path, "rb")
+
+
+def _is_array(file: BinaryIO) -> bool:
+    """Whether a file is one JSON array, by its first character; a byte order mark and blank lines aside.
+
+    A "[" that is closed on its own line begins a JSONL file whose first row is wrong.
+    """
+    first = next(filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)), b"")
+    second = next(filter(None, map(bytes.strip, file)), b"")
+    file.seek(0)
+    return first.startswith(b"[") and not (first.endswith(b"]") and second)
+
+
+def _load_array(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: {_explain(text, error)}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: nested too deeply, or with numbers too long, to be read") from None
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, object) for every row that is not blank; rows that are no JSON object go to `errors`.
+
+    Raises:
+        UserError: if the source cannot be read.
+    """
+    for number, raw in source:
+        try:
+            data = parse_line(raw, first=number == 1)
+        except ValueError as error:
+            errors.append(RecordError(source.path, number, str(error)))
+        else:
+            if data is not None:
+                yield number, data
+
+
+def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
+    """The JSON object of one line of a JSONL file, or None if the line is blank.
+
+    Args:
+        first: whether it is the file's first line, which may start with a byte order mark.
+
+    Raises:
+        ValueError: what is wrong, in one line, without the place.
+    """
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+        if not text.strip():
+            return None
+        data = json.loads(text)
+        # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
+        half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
+    except UnicodeDecodeError as error:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(_explain(text, error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
+    except ValueError:  # Python's limit against numbers that take minutes to read
+        raise ValueError("holds a number of more than 4300 digits") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {kind_of(data)}")
+    if half:
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
+    return data
+
+
+def _explain(text: str, error: json.JSONDecodeError) -> str:
+    """One line about broken JSON that says what to mend, where the usual cause can be told."""
+
+    def place(position: int) -> str:
+        line = text.count("\n", 0, position)
+        column = f"column {position - text.rfind(chr(10), 0, position)}"
+        return f"line {line + 1}, {column}" if "\n" in text.strip() else column
+
+    if text.strip() in ("[", "{"):
+        return "not one JSON object per line: write each record on a line of its own, with no list around them"
+    if text.startswith(("//", "/*", "#"), error.pos):
+        return f"a comment at {place(error.pos)}: JSON allows none, remove it"
+    for comma in re.finditer(r",\s*[}\]]", text):
+        # Python 3.13 points at the comma, older ones at what follows it.
+        if comma.start() <= error.pos < comma.end():
+            return f"trailing comma at {place(comma.start())}: JSON allows none, remove it"
+    if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
+        return f"the line ends in the middle of the record ({place(len(text.rstrip()) - 1)}): is the file cut off?"
+    return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}"
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    if isinstance(value, str) and not value:
+        return "an empty string"
+    return names.get(type(value), f"the number {value}")

@@ -1,0 +1,162 @@
+"""How wrong answers are wrong: of which kind, and what is commonly answered in place of what."""
+
+import heapq
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from mistral_ft.data.records import check_record
+from mistral_ft.scoring.metrics import Grade, answer_of
+
+# Every wrong row is of the first kind that fits.
+KINDS = {
+    "error": "predict could not answer: the row has an `error`",
+    "unanswered": "no `actual` in the row",
+    "length": "cut off at the length limit: raise predict's --max_new_tokens",
+    "empty": "the answer is empty",
+    "form": "right once normalised: only capitals, spaces or Unicode forms differ",
+    "near": "nearly right: less than half of the characters differ",
+    "different": "another answer altogether",
+}
+
+
+def kind_of(row: dict[str, Any], grade: Grade) -> str:
+    """The kind of a wrong row."""
+    answer = answer_of(row)
+    if answer is None:
+        return "unanswered" if row.get("error") is None else "error"
+    if row.get("finish_reason") == "length":
+        return "length"
+    if not answer.strip():
+        return "empty"
+    if grade.folded_hit:
+        return "form"
+    return "near" if grade.anls else "different"
+
+
+@dataclass
+class Common:
+    """How often each thing was seen, in bounded memory: what is rare is forgotten when there is too much of it.
+
+    Attributes:
+        counts: at most 2 * `keep` of them.
+        missed: how much a count can be too low; 0 while nothing was forgotten.
+    """
+
+    counts: Counter = field(default_factory=Counter)
+    missed: int = 0
+    keep = 20_000
+
+    def merge(self, things: "Common | Iterable") -> None:
+        """Count more things."""
+        if isinstance(things, Common):
+            self.missed += things.missed
+            things = things.counts
+        self.counts.update(things)
+        if len(self.counts) > 2 * self.keep:
+            ranked = self.most_common(len(self.counts))
+            self.counts = Counter(dict(ranked[: self.keep]))
+            self.missed += ranked[self.keep][1]
+
+    def most_common(self, count: int) -> list[tuple[Any, int]]:
+        """The most common things with their counts, in an order that does not depend on when they were seen."""
+        return heapq.nsmallest(count, self.counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+LONGEST_WORD = 64  # characters; longer ones are not common
+
+
+def edits(expected: Sequence[str], actual: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(expected, answered) of each Levenshtein edit: "" is answered for what is missing, expected for what is extra."""
+    for operation, i, j in Levenshtein.editops(expected, actual):
+        yield ("" if operation == "insert" else expected[i]), ("" if operation == "delete" else actual[j])
+
+
+def confusions(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(characters, words) that an answer has wrong, as pairs (expected, answered).
+
+    Characters are compared inside words that stand for each other and differ in at most half of their characters:
+    elsewhere, letters that happen to be in each other's place would hide those that are misread.
+    """
+    expected, actual = unicodedata.normalize("NFC", expected), unicodedata.normalize("NFC", actual)
+    words = list(edits(expected.split(), actual.split()))
+    characters = [
+        pair
+        for wanted, got in words
+        if wanted and got and Levenshtein.normalized_distance(wanted, got) <= 0.5
+        for pair in edits(wanted, got)
+    ]
+    return characters, [pair for pair in words if max(map(len, pair)) <= LONGEST_WORD]
+
+
+@dataclass
+class Mistakes:
+    """The wrong rows of a file or of a part of it.
+
+    Attributes:
+        kinds: how many are of each kind.
+        characters, words: what they have wrong; only of rows with an answer.
+        examples: some of them, each as (rank, line number, what to show); those with the highest ranks.
+    """
+
+    kinds: Counter = field(default_factory=Counter)
+    characters: Common = field(default_factory=Common)
+    words: Common = field(default_factory=Common)
+    examples: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any], grade: Grade) -> str:
+        """Count a wrong row; return its kind."""
+        kind = kind_of(row, grade)
+        self.kinds[kind] += 1
+        if (answer_of(row) or "").strip():
+            characters, words = confusions(row["expected"], row["actual"])
+            self.characters.merge(characters)
+            self.words.merge(words)
+        return kind
+
+    def add_example(self, rank: int, line: int, row: dict[str, Any], about: dict[str, Any], most: int) -> None:
+        """Keep a row, and what is known `about` it, if its rank is among the `most` highest.
+
+        With hashes as ranks, that draws them by lot.
+        """
+        if len(self.examples) < most or rank > self.examples[0][0]:
+            push = heapq.heappush if len(self.examples) < most else heapq.heappushpop
+            push(self.examples, (rank, line, example_of(row) | about | {"line": line}))
+
+    def merge(self, other: "Mistakes", lines: int, most: int) -> None:
+        """Take over the mistakes of the next part of the file, which follows `lines` lines."""
+        self.kinds.update(other.kinds)
+        self.characters.merge(other.characters)
+        self.words.merge(other.words)
+        moved = [(rank, line + lines, shown | {"line": line + lines}) for rank, line, shown in other.examples]
+        self.examples = heapq.nlargest(most, self.examples + moved)
+
+
+LONGEST_SHOWN = 5_000  # characters of an answer
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … (cut off at {most:,} of {len(text):,} characters)"
+
+
+def example_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What to show of a row: its id, question, pages, expected answer, and its answer or error."""
+    try:
+        check_record(row)
+        content = row["messages"][-1]["content"]
+    except ValueError:
+        content = ""
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    answer = answer_of(row)
+    return {
+        "id": None if row.get("id") is None else _cut(str(row["id"]), 200),
+        "question": " ".join(block["text"] for block in blocks if block["type"] == "text")[:500],
+        "pages": [block["image"][:200] for block in blocks if block["type"] == "image"][:10],
+        "expected": _cut(row["expected"], LONGEST_SHOWN),
+        "actual": None if answer is None else _cut(answer, LONGEST_SHOWN),
+        "error": None if row.get("error") is None else _cut(str(row["error"]), 500),
+    }

@@ -1,0 +1,151 @@
+"""The report: a scored file as one page that explains itself to people who have never seen the tool.
+
+The page is one file without scripts, and its policy forbids the browser to load anything. Every text of a record
+passes through jinja2's escaping; the plots' through matplotlib's.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rapidfuzz.distance import Levenshtein
+
+from mistral_ft import plots
+from mistral_ft.scoring.mistakes import KINDS, example_of
+from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, name_lines, review_sentence, visible, worst_fields
+from mistral_ft.scoring.totals import read_lines
+
+MOST_SLICES_PLOTTED = 25
+MOST_TABLE_ROWS = 200
+MOST_CHANGED = 10  # examples of fixed and of broken rows
+
+
+def report(
+    result: dict[str, Any], file: str | os.PathLike, folds: Sequence[str], examples: Sequence[dict[str, Any]]
+) -> str:
+    """The page, as HTML. The same arguments give the same text.
+
+    Args:
+        result: as `summary.summarize` gives it.
+        file: the predictions file; read again for rows that a comparison names, as is the other file.
+        folds: what normalised accuracy folds.
+        examples: wrong rows to show, as `mistakes.example_of` gives them.
+    """
+    slices = list(result.get("slices", {}).items())
+    plotted = slices[:MOST_SLICES_PLOTTED]
+    return (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            file=visible(str(file), 200),
+            result=result,
+            folded=folded(folds),
+            kinds=KINDS,
+            confusions=confusions_by_name(result["wrong"]),
+            rows={ROWS[what]: lines for what, lines in result["rows"].items() if lines},
+            slices=slices,
+            fields=worst_fields(result["json"]) if "json" in result else [],
+            most_rows=MOST_TABLE_ROWS,
+            review=review_sentence(result["confidence"]) if "confidence" in result else "",
+            examples=[_with_diff(shown) for shown in examples],
+            changed=_changed(result["comparison"], file) if "comparison" in result else {},
+            slices_plot=Markup(
+                plots.slices_plot(
+                    [visible(n, 32) for n, _ in plotted], [part for _, part in plotted], result["accuracy"]
+                )
+            )
+            if plotted
+            else "",
+            reliability_plot=Markup(plots.reliability_plot(result["confidence"])) if "confidence" in result else "",
+            risk_coverage_plot=Markup(plots.risk_coverage_plot(result["confidence"])) if "confidence" in result else "",
+        )
+    )
+
+
+def templates() -> Environment:
+    """What makes pages: every text is escaped, and a name that a template does not know is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "number": "{:,}".format, "visible": visible, "lines": name_lines}
+    return environment
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in percent; what is not all (or nothing) is never rounded to it."""
+    if share is None:
+        return "–"
+    text, least = f"{share:.{digits}%}", 10.0**-digits
+    if share < 1 and text == f"{1:.{digits}%}":
+        text = f"> {100 - least:.{digits}f}%"
+    elif share > 0 and text == f"{0:.{digits}%}":
+        text = f"< {least:.{digits}f}%"
+    return text.replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def diff(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What two answers share and what not: two lists of (kind, text), for the expected and for the actual answer.
+
+    The kind is "same", "only" for what the other one lacks, or "cut" for a note about what is left out. Answers that
+    are alike are compared by character, others by word.
+    """
+    alike = Levenshtein.normalized_distance(expected, actual) <= 0.5
+    a, b = (text if alike else re.findall(r"\s+|\S+", text) for text in (expected, actual))
+    ours, theirs = [], []
+    for step in Levenshtein.opcodes(a, b):
+        kind = "same" if step.tag == "equal" else "only"
+        ours.append((kind, "".join(a[step.src_start : step.src_end])))
+        theirs.append((kind, "".join(b[step.dest_start : step.dest_end])))
+    return _shown(ours), _shown(theirs)
+
+
+def _shown(pieces: list[tuple[str, str]], most: int = 1200) -> list[tuple[str, str]]:
+    """Pieces of an answer as they are shown: long ones shortened, what cannot be seen made visible."""
+    shown: list[tuple[str, str]] = []
+    length = 0
+    for number, (kind, text) in enumerate(pieces):
+        if length > most:
+            rest = sum(len(piece) for _, piece in pieces[number:])
+            return [*shown, ("cut", f"{rest:,} more characters")]
+        if len(text) > 200:
+            parts = [(kind, text[:80]), ("cut", f"{len(text) - 160:,} more characters"), (kind, text[-80:])]
+        else:
+            parts = [(kind, text)] if text else []
+        shown += [(kind, part if kind == "cut" else _visible(part, kind == "only")) for kind, part in parts]
+        length += sum(len(part) for _, part in parts)
+    return shown
+
+
+def _visible(text: str, marked: bool) -> str:
+    """Text with escapes for what a page does not show; in marked text, spaces and line ends are signs too."""
+    if marked:
+        text = text.replace(" ", "␣").replace("\t", "⇥").replace("\n", "⏎")
+    return "\n".join(visible(line, len(line)) for line in text.split("\n"))
+
+
+def _with_diff(shown: dict[str, Any]) -> dict[str, Any]:
+    if not shown["actual"]:
+        return shown | {"expected": _shown([("same", shown["expected"])]), "actual": shown["actual"] and []}
+    expected, actual = diff(shown["expected"].strip(), shown["actual"].strip())
+    return shown | {"expected": expected, "actual": actual}
+
+
+def _changed(comparison: dict[str, Any], file: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
+    """The first rows that were broken and fixed: examples with the other file's answer as `before`."""
+    found = {}
+    for what in ("broken", "fixed"):
+        pairs = [(row["other_line"], row["line"]) for row in comparison[what][:MOST_CHANGED]]
+        before = {
+            line: _with_diff(example_of(row)) for line, row in read_lines(comparison["other"], (a for a, _ in pairs))
+        }
+        after = {line: _with_diff(example_of(row)) for line, row in read_lines(file, (b for _, b in pairs))}
+        found[what] = [after[b] | {"line": b, "before": before[a]} for a, b in pairs]
+    return found

@@ -1,0 +1,408 @@
+"""The trainer: transformers' own, with a loss at label positions only and a line that says how it goes."""
+
+import contextlib
+import math
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+
+from mistral_ft.data.dataset import PackBatches, PackedDataset, RecordDataset, TrainingCollator
+from mistral_ft.data.workers import Sending, WorkerLost, start_worker, usable_workers, waiting_for_workers
+from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
+from mistral_ft.errors import UserError
+from mistral_ft.model.layers import EmbeddingNoise, Seeds
+from mistral_ft.status import Status
+from mistral_ft.training import checkpoints
+from mistral_ft.training.callbacks import (
+    EpochCallback,
+    EvaluationCallback,
+    GradientCheck,
+    ProgressCallback,
+    SaveCallback,
+)
+from mistral_ft.training.evaluation import (
+    EvaluationStopped,
+    Evaluator,
+    best_evaluation,
+    evaluation_is_due,
+    is_worn_out,
+    verdict,
+)
+from mistral_ft.training.run_folder import ADAPTER_WEIGHTS
+from mistral_ft.training.run_log import RunLog
+from mistral_ft.training.signals import Stop, Timer
+
+# Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
+LABELS_AT_ONCE = 2048
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of torch's generators on the CPU and on the GPU in use."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for on_gpu in state[1:]:
+        torch.cuda.set_rng_state(on_gpu)
+
+
+def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+class FinetuneTrainer(Trainer):
+    """Trains an adapter on batches of `TrainingCollator`.
+
+    Args:
+        b_rate_ratio: LoRA+ (Hayou et al. 2024): how many times their learning rate the adapter's B matrices get.
+        learning_rates: learning rates of parameters by a part of their name, such as {"vision_tower": 2e-6}; the
+            others get `args.learning_rate`.
+        save_minutes: save a checkpoint at the first step after so many minutes without one; None: by steps alone.
+        status: where it is told what is being done; None: in the output folder.
+        trackers: callbacks of `trackers.tracking`.
+        evaluator: what is measured, at the steps that the arguments name; None: nothing is.
+        patience: of `EvaluationCallback`.
+
+    Attributes:
+        stop: entered while training; asks to save and end at the next step.
+        stopped: whether training ended for that.
+        save_due: whether the arguments ask for a checkpoint of this step, which the best step or a stop may need too.
+    """
+
+    def __init__(
+        self,
+        *args,
+        status: Status | None = None,
+        trackers: Sequence[TrainerCallback] = (),
+        learning_rates: dict[str, float] | None = None,
+        b_rate_ratio: float = 1,
+        save_minutes: float | None = None,
+        evaluator: Evaluator | None = None,
+        patience: int | None = None,
+        **kwargs,
+    ):
+        self.learning_rates, self.b_rate_ratio = learning_rates or {}, b_rate_ratio
+        self.evaluator, self.patience = evaluator, patience
+        super().__init__(*args, eval_dataset=evaluator and evaluator.dataset, **kwargs)
+        self.status = status or Status(Path(self.args.output_dir))
+        # Neither DistributedDataParallel nor accelerate's FSDP: `sum_gradients` and `shard_layers` do what they would.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        # Of Trainer's own; it would make trackers too, later than `tracking` does.
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if isinstance(c, DefaultFlowCallback)
+        ]
+        for tracker in trackers:
+            self.add_callback(tracker)
+        self.add_callback(ProgressCallback())
+        self.add_callback(GradientCheck(self))
+        self.add_callback(EpochCallback(self))
+        self.add_callback(SaveCallback(self))
+        self.add_callback(EvaluationCallback(patience))
+        self.add_callback(RunLog(self, self.status))
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
+        self.seeds = Seeds(self.model)
+        self.noise = self.args.noise and EmbeddingNoise(self.model.get_base_model(), self.args.noise)
+        # Dropout differs from process to process, and is that of a single one in the first.
+        torch.manual_seed(self.args.seed + rank())
+        self.stop, self.stopped, self.timer = Stop(), False, Timer(save_minutes)
+        self.save_agreed = self.stop_agreed = self.save_due = False
+        self.saw_images = False
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self._staging: Path | None = None
+        self._tokens = 0
+        self._logged_at: float | None = None
+        self._began_at: int | None = None  # the step that a run which is continued had reached, else 0
+
+    def use_packs(self, dataset: RecordDataset, packs: Sequence[Sequence[int]], pad_id: int, length: int | None = None):
+        """Train on packs of the dataset's records (see `packing`), filled up to `length` tokens where it is given."""
+        room = None if length is None else max(map(len, packs)) + 1
+        self.train_dataset = PackedDataset(dataset, packs)
+        self.data_collator = TrainingCollator(pad_id, length, room)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that learn."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process's packs."""
+        args = self.args
+        self.batches = PackBatches(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.dataloader_drop_last,
+        )
+        workers = usable_workers(args.dataloader_num_workers)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=Sending(self.data_collator),
+            num_workers=workers,
+            worker_init_fn=start_worker,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def train(self, *args, **kwargs):
+        """Trainer's, which a signal ends at the next step, with a checkpoint."""
+        run, saves = Path(self.args.output_dir), self.args.save_strategy != "no" or self.timer.seconds is not None
+        saves |= self.args.keep_best
+        if saves and rank() == 0:
+            checkpoints.check_room(run, 2 * self.checkpoint_bytes())  # a new one is written before an old one goes
+        with self.stop:
+            try:
+                return super().train(*args, **kwargs)
+            except pickle.UnpicklingError:
+                checkpoint = kwargs["resume_from_checkpoint"]
+                raise UserError(f"{checkpoint}: holds something other than numbers, which is not opened") from None
+
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer's, unless the run was over when it was resumed: Trainer would make one step more."""
+        self._begin()
+        worn_out = is_worn_out(self.state.log_history, self.args.metric_for_best_model, self.patience)
+        if self.state.global_step < self.state.max_steps and not (self.stopped or worn_out):
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's; a run that was over at the end of an epoch had none to run."""
+        self._begin()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _begin(self) -> None:
+        """Once: evaluate, if that is due at the step where the run begins and was not done before it was stopped."""
+        if self._began_at is not None:
+            return
+        step = self._began_at = self.state.global_step
+        done = any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
+        if evaluation_is_due(self.args, self.state) and not done:
+            self._evaluate(None, None, skip_scheduler=step == 0)
+
+    def stop_here(self) -> None:
+        """Save this step and end; an evaluation that is due is made when the run goes on."""
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = self.stopped = True
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The labels of this step's batches in all processes."""
+        count = sum(len(batch["label_positions"]) for batch in batch_samples)
+        return total(count, device)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's; if a worker process has died, the last whole step is saved."""
+        try:
+            with waiting_for_workers():
+                return super().get_batch_samples(*args, **kwargs)
+        except WorkerLost as error:
+            saved = f"step {self.state.global_step} is saved, " if self._rescue(self.model) else ""
+            raise UserError(f"{error} {saved}go on with a smaller --dataloader_num_workers, or 0") from None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's; at the last micro-batch of a step the gradients become the sum of all processes'.
+
+        Returns:
+            The loss, times the number of processes: Trainer logs their mean, and each has its share of the sum.
+        """
+        if self._logged_at is None:
+            self._logged_at = time.perf_counter()
+        self._tokens += inputs.pop("num_tokens")
+        self.saw_images |= "pixel_values" in inputs
+        if not self._losses:
+            self._random_state = _random_state(self.args.device)
+        self.seeds.draw()
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            _set_random_state(self._random_state)
+            self._rescue(model)
+            raise
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._meet()
+        return loss * world_size()
+
+    def _rescue(self, model) -> bool:
+        """Save the last whole step if the next one cannot be made; several processes cannot agree on it.
+
+        Returns:
+            Whether there is a checkpoint of it.
+        """
+        step, newest = self.state.global_step, checkpoints.newest_first(Path(self.args.output_dir))[:1]
+        if step in map(checkpoints.step_of, newest):
+            return True
+        if world_size() > 1 or step == 0:
+            return False
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        with contextlib.suppress(UserError, torch.OutOfMemoryError):
+            self._save_checkpoint(model, None)
+            return True
+        return False
+
+    def _meet(self) -> None:
+        """Agree with the other processes on the gradients, and on whether to save and to stop."""
+        parameters = self.trained
+        self.save_agreed, self.stop_agreed, self.saw_images, *learned = vote(
+            [
+                self.timer.due,
+                self.stop.requested,
+                self.saw_images,
+                *(parameter.grad is not None for parameter in parameters),
+            ],
+            self.args.device,
+        )
+        sum_gradients(parameters, learned)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A loss that is no number gives gradients that are none, and the sum of all processes' is none in each of them.
+        if not math.isfinite(norm):
+            self._refuse_step()
+        self._losses.clear()
+        return norm
+
+    def _refuse_step(self) -> NoReturn:
+        """End before a step that would spoil the weights.
+
+        Raises:
+            UserError: naming the records of the step; where a loss is no number, those of its micro-batches.
+        """
+        finite = [loss.isfinite().item() for loss in self._losses]
+        in_a_loss = any(gather(not all(finite)))
+        accumulation = self.args.gradient_accumulation_steps
+        start = self.state.global_step % math.ceil(len(self.batches) / accumulation) * accumulation
+        turns = self.batches.turns(start, start + accumulation)
+        suspect = [not (good and in_a_loss) for good in finite]
+        mine = [pack for batch, named in zip(turns, suspect, strict=True) if named for pack in batch]
+        packed = self.train_dataset
+        numbers = sorted(number for packs in gather(mine) for pack in packs for number in packed.packs[pack])
+        named = [f"{packed.dataset.records[n].path}:{packed.dataset.records[n].line}" for n in numbers]
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        what = "loss" if in_a_loss else "gradient"
+        raise UserError(
+            f"the {what} of step {self.state.global_step + 1} is no finite number, the step was not made; its records: "
+            f"{', '.join(named[:8])}{more}; look at them, or lower --learning_rate"
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross entropy of the labels, summed and divided by the labels of the whole accumulated batch.
+
+        Logits are computed only where the next token has a label: with 131,072 ids they would otherwise be the largest
+        tensor of all. Dividing by all labels, and not by those of each micro-batch, makes the gradient the same however
+        a batch is split: https://github.com/huggingface/transformers/pull/34191
+        """
+        positions, labels = inputs.pop("label_positions"), inputs.pop("labels")
+        core = model.get_base_model()
+        if self.noise:
+            self.noise.bounds = inputs["cu_seq_lens"]
+        hidden = core.model(**inputs, use_cache=False).last_hidden_state[0, positions]
+        targets = labels[0, positions + 1]
+        summed = sum(
+            checkpoint(_summed_loss, core.lm_head, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+        )
+        loss = summed / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs):
+        """Trainer's optimizer, its parameter groups split by learning rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list] = {}
+            for parameter in group["params"]:
+                rates = [rate for part, rate in self.learning_rates.items() if part in names[parameter]]
+                rate = rates[0] if rates else group["lr"]
+                rate *= self.b_rate_ratio if "lora_B" in names[parameter] else 1
+                by_rate.setdefault(rate, []).append(parameter)
+            groups += [group | {"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def log(self, logs, start_time=None):
+        """Add tokens per second (without padding) of all processes since the last log."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(total(self._tokens, self.args.device).item() / (now - self._logged_at), 1)
+            self._tokens, self._logged_at = 0, now
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """What the evaluator measures, logged."""
+        started = time.perf_counter()
+        self.status.update("evaluating")
+        metrics = self.evaluator.measure(self)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._logged_at is not None:
+            self._logged_at += time.perf_counter() - started  # it is no time of training
+        return metrics
+
+    def _evaluate(self, *args, **kwargs):
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.stop_here()
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether to save with --save_strategy best; Trainer's own would have it remove checkpoints by itself."""
+        return self.control.should_save or self.best_step == self.state.global_step
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far."""
+        best = best_evaluation(self.state.log_history, self.args.metric_for_best_model)
+        return best and best["step"]
+
+    def choose_adapter(self) -> None:
+        """After training: take the adapter of the best evaluation, if that is wanted, and say which one it is."""
+        best, kept = self.best_step, self.state.global_step
+        if best is None:
+            return
+        if self.args.keep_best and best != kept:
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{best}"
+            if problem := checkpoints.fault(checkpoint):
+                print(f"warning: {checkpoint}: the best step cannot be restored, {problem}", file=sys.stderr)
+            else:
+                set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER_WEIGHTS))
+                kept = best
+        print(verdict(self.state.log_history, self.args.metric_for_best_model, kept))
+
+    def clear_up(self) -> None:
+        """When the adapter is saved: remove checkpoints that were only there to get so far."""
+        if self.args.save_strategy == "no":
+            from_first(lambda: checkpoints.remove_all_unless_due(Path(self.args.output_dir)))
+
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint takes on the disk: the adapter and the optimizer's two moments in fp32, and some room."""
+        return 13 * sum(parameter.numel() for parameter in self.trained) + 2**20
+
+    def _save_checkpoint(self, model, trial):
+        run, step = Path(self.args.output_dir), self.state.global_step
+        self.status.update("saving")
+        with checkpoints.writing(run, step, self.checkpoint_bytes(), self.save_due) as self._staging:
+            super()._save_checkpoint(model, trial)
+        self._staging = None
+        limit, best = self.args.save_total_limit, self.best_step if self.args.keep_best else None
+        from_first(lambda: checkpoints.remove_old(run, step, limit, best, self._began_at))
+        self.timer.restart()
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
