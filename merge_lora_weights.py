@@ -10,7 +10,8 @@ gets its name. No GPU is needed, and memory for one tensor's rows only.
 
 from pathlib import Path
 
-from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.cli import ArgumentParser, run_step
+from mistral_ft.errors import UserError
 from mistral_ft.files import check_new_folder
 from mistral_ft.folders import locate
 
@@ -66,8 +67,10 @@ def main() -> None:
     )
     from mistral_ft.merging.shards import read_checkpoint
     from mistral_ft.model.adapter import Adapter
-    from mistral_ft.model.card import card_scores, write_model_card
-    from mistral_ft.model.loading import check_size, pick_device, quiet_libraries
+    from mistral_ft.model.card import write_model_card
+    from mistral_ft.model.device import pick_device, quiet_libraries
+    from mistral_ft.model.size import check_size
+    from mistral_ft.scoring.summary import card_scores
 
     quiet_libraries()
     scores = card_scores(args.predictions) if args.predictions else None

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.pages import limit_pixels
 from mistral_ft.data.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 from mistral_ft.distributed import (
@@ -31,7 +32,7 @@ from mistral_ft.distributed import (
     silence_others,
     world_size,
 )
-from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 from mistral_ft.model.gpus import use_gpu
 
@@ -113,8 +114,12 @@ def main() -> int:
     from mistral_ft.data.rows import data_files
     from mistral_ft.data.workers import WorkerLost
     from mistral_ft.files import sha256_file
-    from mistral_ft.model.loading import check_rounding, check_size, pick_device, print_peak_memory, quiet_libraries
-    from mistral_ft.prediction.generator import Generator, ModelFolders, page_lengths, plan
+    from mistral_ft.model.device import pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model.rounding import check_rounding
+    from mistral_ft.model.size import check_size
+    from mistral_ft.prediction.batch_plan import page_lengths, plan
+    from mistral_ft.prediction.generator import Generator
+    from mistral_ft.prediction.trained_model import ModelFolders
     from mistral_ft.progress import Progress
     from mistral_ft.training.run_folder import versions
 

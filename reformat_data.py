@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.embedded_images import ImageFolder
 from mistral_ft.data.formats import FORMATS, convert, possible_formats
 from mistral_ft.data.pages import fingerprint
@@ -25,7 +26,7 @@ from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.rows import RowSource, data_files, read_objects
 from mistral_ft.data.splitting import Splitter
-from mistral_ft.errors import ArgumentParser, RecordError, UserError, run_step
+from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
 from mistral_ft.progress import Progress
 

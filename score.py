@@ -15,7 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.cli import ArgumentParser, run_step
+from mistral_ft.errors import UserError
 from mistral_ft.files import atomic_write, check_target
 from mistral_ft.scoring.confidence import KINDS
 from mistral_ft.scoring.metrics import FOLDS

@@ -11,7 +11,8 @@ import socket
 import sys
 from pathlib import Path
 
-from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.cli import ArgumentParser, run_step
+from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 
 

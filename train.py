@@ -17,14 +17,14 @@ trains on several GPUs, each with a copy of the base, or with --shard_base True 
 import sys
 from pathlib import Path
 
+from mistral_ft.cli import run_step
 from mistral_ft.data.pages import limit_pixels
 from mistral_ft.data.records import read_records
 from mistral_ft.distributed import finish, from_first, rank, silence_others, take_sharding, world_size
-from mistral_ft.errors import UserError, run_step
+from mistral_ft.errors import UserError
+from mistral_ft.model.rounding import FOUR_BITS, FP8
 from mistral_ft.training.arguments import (
     EPILOG,
-    FOUR_BITS,
-    FP8,
     CheckpointArguments,
     DataArguments,
     EvaluationArguments,
@@ -85,21 +85,14 @@ def main() -> None:
     from mistral_ft.data.image_fitter import ImageFitter
     from mistral_ft.data.prompt.encoder import PromptEncoder
     from mistral_ft.folders import find_model_folder, locate
-    from mistral_ft.model.adapter import add_adapter, find_start
-    from mistral_ft.model.loading import (
-        check_model_folder,
-        check_rounding,
-        check_size,
-        held_bytes,
-        is_four_bit,
-        load_base,
-        pick_device,
-        print_peak_memory,
-        quiet_libraries,
-    )
+    from mistral_ft.model.device import pick_device, print_peak_memory, quiet_libraries
+    from mistral_ft.model.loading import check_model_folder, held_bytes, load_base
+    from mistral_ft.model.rounding import check_rounding, is_four_bit
+    from mistral_ft.model.size import check_size
     from mistral_ft.status import Status
     from mistral_ft.training.checkpoints import step_of
     from mistral_ft.training.evaluation import Evaluator, divide, hold_out
+    from mistral_ft.training.new_adapter import add_adapter, find_start
     from mistral_ft.training.preflight import plan_training
     from mistral_ft.training.run_folder import Run
     from mistral_ft.training.trackers import check_trackers, tracking

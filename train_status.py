@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mistral_ft.errors import ArgumentParser, UserError, run_step
+from mistral_ft.cli import ArgumentParser, run_step
+from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 from mistral_ft.status import RUNNING, STATUS_FILE, read_status
 

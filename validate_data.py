@@ -12,7 +12,7 @@ Exit code: 1 if anything is fatal, else 0; 2 if there was nothing to check.
 import contextlib
 from pathlib import Path
 
-from mistral_ft.errors import ArgumentParser, run_step
+from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.files import atomic_write, check_target
 
 
@@ -66,8 +66,9 @@ def main() -> int | None:
     from mistral_ft.data.records import find_images_dir
     from mistral_ft.folders import find_prompt_folders, locate
     from mistral_ft.progress import Progress
-    from mistral_ft.validation.checker import Examples, Source, Tally, check_files, describe, mark_trained
+    from mistral_ft.validation.checker import Source, check_files, describe, mark_trained
     from mistral_ft.validation.estimate import describe_training, is_measured
+    from mistral_ft.validation.tally import Examples, Tally
 
     limit_pixels(args.max_image_pixels)
     sources = [

@@ -23,8 +23,11 @@ from bench import gpu, steps
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.pages import open_image, page_size
 from mistral_ft.data.records import read_records
-from mistral_ft.model.loading import load_base, pick_device
-from mistral_ft.prediction.generator import Generator, ModelFolders, page_lengths, plan
+from mistral_ft.model.device import pick_device
+from mistral_ft.model.loading import load_base
+from mistral_ft.prediction.batch_plan import page_lengths, plan
+from mistral_ft.prediction.generator import Generator
+from mistral_ft.prediction.trained_model import ModelFolders
 
 BANDWIDTH = 4.3e12  # bytes per second that an H200 reads
 

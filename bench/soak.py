@@ -22,7 +22,7 @@ from pathlib import Path
 import predict
 import train
 from bench import steps
-from mistral_ft.errors import run_step
+from mistral_ft.cli import run_step
 
 WARM_UP = 3  # rounds in which libraries set themselves up
 

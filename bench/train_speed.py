@@ -25,9 +25,10 @@ from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
-from mistral_ft.model.adapter import add_adapter
-from mistral_ft.model.loading import load_base, pick_device
+from mistral_ft.model.device import pick_device
+from mistral_ft.model.loading import load_base
 from mistral_ft.training.arguments import LoraArguments
+from mistral_ft.training.new_adapter import add_adapter
 from mistral_ft.training.preflight import take_over_layers
 from mistral_ft.training.trainer import FinetuneTrainer
 from mistral_ft.training.training_arguments import FinetuneArguments

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench import steps
-from mistral_ft.errors import run_step
+from mistral_ft.cli import run_step
 from mistral_ft.model import attention
 from mistral_ft.model import loading as model
 

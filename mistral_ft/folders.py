@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from mistral_ft.errors import DISK_FAULTS, UserError
 from mistral_ft.files import read_settings
@@ -132,3 +133,37 @@ def _explain(model_id: str, error: Exception) -> Exception:
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
         return UserError(f"{model_id}: no such folder here, not in the hub's local cache, and {why}")
     return error
+
+
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def full_name(model_id: str) -> str:
+    """A folder's whole path, or a hub id."""
+    return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
+
+
+def find_run_folder(folder: str | os.PathLike) -> Path:
+    """The run folder of an adapter: the folder itself, or the one above a checkpoint."""
+    folder = Path(folder)
+    return folder if (folder / RUN_FILE).is_file() else folder.parent
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """The run file of a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so {folder} was not made by train")
+    return read_settings(path)
+
+
+def trained_tokenizer(run: str | os.PathLike) -> str | None:
+    """SHA-256 of the tokenizer.json that a run was trained with."""
+    return read_run(run).get("prompt", {}).get("tokenizer_sha256")

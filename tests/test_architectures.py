@@ -11,7 +11,8 @@ pytest.importorskip("sentencepiece")
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mistral_ft.data.dataset import RecordDataset, TrainingCollator
+from mistral_ft.data.collators import TrainingCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder

@@ -18,9 +18,10 @@ from bench.random_24b import config_24b
 from mistral_ft.errors import UserError
 from mistral_ft.model import gpus as cards
 from mistral_ft.model import loading as model_module
+from mistral_ft.model.device import pick_device
 from mistral_ft.model.gpus import Card, check_generation, choose_base, nvidia_cards, other_card, use_gpu
-from mistral_ft.model.loading import check_size, pick_device, too_big, weight_bytes
-from mistral_ft.training.arguments import FOUR_BITS, FP8
+from mistral_ft.model.rounding import FOUR_BITS, FP8
+from mistral_ft.model.size import check_size, too_big, weight_bytes
 from tests.adapters import make_adapter
 from tests.conftest import ROOT, TINY
 

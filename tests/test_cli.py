@@ -89,7 +89,7 @@ def test_vision_flags_without_a_page(train, pages):
 def test_what_bitsandbytes_says_of_its_kernels_is_not_for_our_users():
     """On CPUs with AVX512-BF16 it warns while transformers imports it, in every step that loads torch."""
     code = (
-        "import logging; from mistral_ft.errors import run_step\n"
+        "import logging; from mistral_ft.cli import run_step\n"
         "run_step(lambda: logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -276,7 +276,7 @@ def test_closed_outputs_are_no_matter(tmp_path, closed):
 
 
 def test_a_line_is_seen_when_it_is_printed():
-    code = "from mistral_ft.errors import run_step; run_step(lambda: print('ready') or input() and None)"
+    code = "from mistral_ft.cli import run_step; run_step(lambda: print('ready') or input() and None)"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_ft.data.dataset import PackedDataset, PromptCollator, RecordDataset, TrainingCollator, measure_records
+from mistral_ft.data.collators import PackedDataset, PromptCollator, TrainingCollator
+from mistral_ft.data.dataset import RecordDataset, measure_records
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mistral_ft.data.dataset import PackBatches
+from mistral_ft.data.collators import PackBatches
 from tests.conftest import ROOT, TINY, read_rows, write_jsonl
 
 TRAIN = ("--model_id", TINY, "--learning_rate", "2e-3", "--lora_dropout", 0)

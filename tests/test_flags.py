@@ -10,10 +10,10 @@ from mistral_ft.data.dataset import RecordDataset, measure_records
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
-from mistral_ft.model.adapter import add_adapter
 from mistral_ft.model.loading import load_base
 from mistral_ft.training import arguments
 from mistral_ft.training.arguments import LoraArguments, TrainParser
+from mistral_ft.training.new_adapter import add_adapter
 from mistral_ft.training.preflight import plan_training
 from mistral_ft.training.trainer import FinetuneTrainer
 from mistral_ft.training.training_arguments import FinetuneArguments

@@ -15,10 +15,12 @@ from torch import nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft.model import loading as model_module
-from mistral_ft.model.adapter import Adapter, add_adapter
+from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.layers import LoraLinear
 from mistral_ft.model.loading import load_base
-from mistral_ft.training.arguments import FOUR_BITS, LoraArguments
+from mistral_ft.model.rounding import FOUR_BITS
+from mistral_ft.training.arguments import LoraArguments
+from mistral_ft.training.new_adapter import add_adapter
 from tests.conftest import read_rows
 from tests.lora_layers import by_peft_and_by_us
 from tests.tiny_models import write_model

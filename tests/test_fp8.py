@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from mistral_ft.errors import UserError
-from mistral_ft.model.adapter import Adapter, add_adapter
+from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.fp8 import E4M3, FP8Linear, round_layers, round_rows
 from mistral_ft.model.layers import LayerRunner, LoraLinear, Seeds
-from mistral_ft.model.loading import check_rounding, load_base
-from mistral_ft.prediction.generator import ModelFolders
-from mistral_ft.training.arguments import FP8, LoraArguments
+from mistral_ft.model.loading import load_base
+from mistral_ft.model.rounding import FP8, check_rounding
+from mistral_ft.prediction.trained_model import ModelFolders
+from mistral_ft.training.arguments import LoraArguments
+from mistral_ft.training.new_adapter import add_adapter
 from tests.conftest import TINY, read_rows
 from tests.lora_layers import by_peft_and_by_us
 

@@ -12,17 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, MistralConfig, MistralForCausalLM
 
-from mistral_ft.data.dataset import RecordDataset, TrainingCollator
+from mistral_ft.data.collators import TrainingCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
-from mistral_ft.model.adapter import add_adapter
 from mistral_ft.model.fp8 import round_layers
 from mistral_ft.model.layers import LayerRunner, Seeds, set_up_compiler
 from mistral_ft.model.loading import load_base
+from mistral_ft.model.rounding import FP8
 from mistral_ft.prediction.decoding import GreedyDecoder
-from mistral_ft.training.arguments import FP8, LoraArguments
+from mistral_ft.training.arguments import LoraArguments
+from mistral_ft.training.new_adapter import add_adapter
 from mistral_ft.training.preflight import take_over_layers
 from tests.conftest import TINY, make_page, read_rows, row, write_jsonl
 

@@ -29,7 +29,7 @@ def train_in_a_process(arguments: list[str], log) -> int:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         sys.argv = ["train.py", *map(str, arguments)]
         import train
-        from mistral_ft.errors import run_step
+        from mistral_ft.cli import run_step
 
         try:
             run_step(train.main)

@@ -8,7 +8,8 @@ from peft import PeftModel
 from PIL import Image
 
 from dataset import make_dataset
-from mistral_ft.data.dataset import PromptCollator, RecordDataset
+from mistral_ft.data.collators import PromptCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records

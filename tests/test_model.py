@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import Mistral3ForConditionalGeneration
 
-from mistral_ft.data.dataset import PromptCollator, RecordDataset
+from mistral_ft.data.collators import PromptCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter, to_patches
 from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model import loading as model_module
-from mistral_ft.model.loading import load_base, patch_positions, pick_device
+from mistral_ft.model.device import pick_device
+from mistral_ft.model.loading import load_base
+from mistral_ft.model.vision import patch_positions
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
 from mistral_ft.data.references import check_reference, expand, expand_pages, resolve, split_page
 from mistral_ft.errors import UserError
-from mistral_ft.prediction.generator import page_lengths
+from mistral_ft.prediction.batch_plan import page_lengths
 from tests.conftest import TINY, make_page, read_rows, row, write_jsonl
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mistral_ft.data.dataset import PromptCollator, RecordDataset, TrainingCollator
+from mistral_ft.data.collators import PromptCollator, TrainingCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.predictions import Predictions
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
@@ -19,8 +21,9 @@ from mistral_ft.errors import UserError
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.loading import load_base
 from mistral_ft.prediction import decoding
-from mistral_ft.prediction.decoding import GreedyDecoder, prompt_groups
-from mistral_ft.prediction.generator import PREDICTED, plan_batches
+from mistral_ft.prediction.batch_plan import plan_batches
+from mistral_ft.prediction.decoding import GreedyDecoder
+from mistral_ft.prediction.generator import PREDICTED
 from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 

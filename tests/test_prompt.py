@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, save_prompt_files
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder
+from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.errors import UserError
 from tests.conversations import IMAGE, NASTY, TOOLS, assistant, system, text, user
 

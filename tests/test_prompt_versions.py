@@ -28,7 +28,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record, save_prompt_files
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record
+from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.data.records import Record, checked
 from mistral_ft.errors import UserError
 from tests.conftest import TINY

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mistral_ft.scoring.report import diff, percent
+from mistral_ft.html import percent
+from mistral_ft.scoring.report import diff
 from tests.conftest import ROOT, row, write_jsonl
 
 

@@ -17,13 +17,13 @@ from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.model.adapter import add_adapter, target_modules
 from mistral_ft.model.layers import EmbeddingNoise, LoraLinear, hashed_dropout
 from mistral_ft.model.loading import load_base
 from mistral_ft.training import run_folder
 from mistral_ft.training import trainer as training
 from mistral_ft.training.arguments import LoraArguments, SpeedArguments
 from mistral_ft.training.evaluation import Evaluator
+from mistral_ft.training.new_adapter import add_adapter, target_modules
 from mistral_ft.training.preflight import Trial, largest, plan_layers, plan_training
 from mistral_ft.training.trainer import FinetuneTrainer
 from mistral_ft.training.training_arguments import FinetuneArguments, check_optimizer

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from mistral_ft.data.pages import decode_data_url
+from mistral_ft.data.references import decode_data_url
 from mistral_ft.files import atomic_write
 
 URL = re.compile(r"(data|file|https?):", re.IGNORECASE)

@@ -3,7 +3,7 @@
 import bisect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Sequence lengths are multiples of it: the tiles of matrix products on GPUs are 128 or 256 rows high.
 STEP = 128
@@ -80,3 +80,18 @@ def activation_bytes(layers: int, hidden_size: int, intermediate_size: int) -> t
 def round_up(tokens: int) -> int:
     """The next multiple of `STEP`."""
     return max(STEP, math.ceil(tokens / STEP) * STEP)
+
+
+# Prompt tokens that go through the model at once: enough to keep the GPU busy, and they need 7 GiB on the 24B.
+MAX_PROMPT_TOKENS = 16384
+
+
+def prompt_groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of a batch in groups of at most MAX_PROMPT_TOKENS together, but always one."""
+    group: list[int] = []
+    for row, length in enumerate(lengths):
+        if group and sum(lengths[r] for r in group) + length > MAX_PROMPT_TOKENS:
+            yield group
+            group = []
+        group.append(row)
+    yield group

@@ -4,26 +4,22 @@ Files and data URLs are read by Pillow, PDFs by PDFium. Train, predict, validate
 that they see the same page.
 """
 
-import base64
-import binascii
 import contextlib
 import functools
 import hashlib
 import io
 import math
 import os
-import re
 import threading
 import warnings
 from collections.abc import Iterator
 from typing import IO
-from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.references import is_data_url, split_page, table_of
+from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 
@@ -106,17 +102,6 @@ def fingerprint(reference: str) -> str:
 
 
 _file_hash = functools.lru_cache(64)(sha256_file)  # a PDF has many pages
-
-
-def decode_data_url(url: str) -> bytes:
-    """The bytes of a base64 data URL; raises ValueError if it is none."""
-    head, _, text = url.partition(",")
-    if not head.lower().endswith(";base64"):
-        raise ValueError("it is no base64 data URL (data:image/png;base64,…)")
-    try:
-        return base64.b64decode(re.sub(r"\s", "", unquote(text)), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("it is no valid base64: is it cut off?") from None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@
 Here they are only text; `pages.py` opens them. A further kind needs its shape here and a reader in `pages.bytes_of`.
 """
 
+import base64
+import binascii
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,3 +90,14 @@ def is_data_url(reference: str) -> bool:
 def resolve(reference: str, folder: Path) -> str:
     """A reference that means the same from anywhere: its path joined to the images' folder."""
     return reference if is_data_url(reference) else str(folder / reference)
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 data URL; raises ValueError if it is none."""
+    head, _, text = url.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise ValueError("it is no base64 data URL (data:image/png;base64,…)")
+    try:
+        return base64.b64decode(re.sub(r"\s", "", unquote(text)), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("it is no valid base64: is it cut off?") from None

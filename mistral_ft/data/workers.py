@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from mistral_ft.errors import UserError
-from mistral_ft.training.signals import SIGNALS
 
 
 class WorkerLost(UserError):
@@ -156,3 +155,7 @@ def batches(loader: DataLoader) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
+
+
+# Ctrl-C, and what schedulers send ahead of taking the machine away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

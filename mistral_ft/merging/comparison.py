@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mistral_ft.data.dataset import PromptCollator, RecordDataset, check_images
+from mistral_ft.data.collators import PromptCollator
+from mistral_ft.data.dataset import RecordDataset, check_images
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import Record

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder, save_prompt_files
+from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 from mistral_ft.folders import find_model_folder, find_quantization

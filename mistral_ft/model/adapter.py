@@ -1,6 +1,5 @@
 """LoRA: which layers get an adapter, how an adapter is read, and what it does to a weight."""
 
-import json
 import math
 import os
 import re
@@ -16,16 +15,8 @@ from torch import nn
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings
-from mistral_ft.folders import find_model_folder, locate
-from mistral_ft.training.arguments import LoraArguments, changed_fields, rounding_of
-from mistral_ft.training.run_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    RUN_FILE,
-    find_run_folder,
-    full_name,
-    read_run,
-)
+from mistral_ft.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, find_model_folder, find_run_folder, read_run
+from mistral_ft.model.rounding import rounding_of
 
 TEXT_LAYERS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VISION_LAYERS = (
@@ -42,103 +33,6 @@ MERGEABLE_SETTINGS = set(
     "layers_to_transform lora_alpha lora_dropout alpha_pattern rank_pattern megatron_core modules_to_save peft_type "
     "peft_version qalora_group_size r revision target_modules task_type use_dora use_rslora".split()
 )
-
-
-def target_modules(model: nn.Module, args: LoraArguments) -> str:
-    """A regular expression that matches in full the names of the linear layers to adapt.
-
-    All those of the text model, those that `args.target_modules` matches, or `num_lora_modules` of them in the model's
-    order; with `vision_lora` those of the vision tower, with `train_projector` those of the projector. (A list of leaf
-    names, as most scripts give peft, would hit the vision tower too.)
-
-    Raises:
-        UserError: if the truncation or the expression leaves nothing, or asks for more than there are.
-    """
-    names = [name for name, _ in model.named_modules() if re.fullmatch(TEXT_LAYERS, name)]
-    chosen = TEXT_LAYERS
-    count, offset = args.num_lora_modules, args.lora_modules_truncate_offset
-    if count >= 0:
-        if count == 0 or offset + count > len(names):
-            raise UserError(
-                f"--num_lora_modules {count} with --lora_modules_truncate_offset {offset}: the text model has "
-                f"{len(names)} linear layers; give both so that they fit, or --num_lora_modules -1 for all"
-            )
-        start = offset if args.lora_modules_truncate_tail else len(names) - offset - count
-        chosen = "|".join(map(re.escape, names[start : start + count]))
-    if args.target_modules is not None:
-        matched = [name for name in names if re.fullmatch(args.target_modules, name)]
-        if not matched:
-            raise UserError(
-                f"--target_modules {args.target_modules}: matches no linear layer of the text model, such as {names[0]}"
-            )
-        chosen = "|".join(map(re.escape, matched))
-    return "|".join([chosen] + [VISION_LAYERS] * args.vision_lora + [PROJECTOR] * args.train_projector)
-
-
-# Flags of an adapter that do not say which matrices it has, and how they are scaled.
-FREE_TO_CHANGE = {
-    "init_adapter", "lora_dropout", "freeze_vision_tower", "vision_lr", "projector_lr", "loraplus_lr_ratio"
-}  # fmt: skip
-
-
-def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
-    """The adapter of --init_adapter; None without one.
-
-    Raises:
-        UserError: if it is no run's, or that run had another base or other flags that give the adapter its shape.
-    """
-    if args.init_adapter is None:
-        return None
-    adapter, now = Adapter(locate(args.init_adapter)), changed_fields(args)
-    try:
-        base, then = adapter.run["base_model"], adapter.run["settings"]["lora"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"--init_adapter {args.init_adapter}: there is no {RUN_FILE} of train's, which says what flags it needs"
-        ) from None
-    differing = {"model_id": base} if full_name(base) != full_name(model_id) else {}
-    for name in sorted((then.keys() | now.keys()) - FREE_TO_CHANGE):
-        if then.get(name) != now.get(name):
-            differing[name] = then.get(name, getattr(LoraArguments(), name))
-    if differing:
-        flags = " ".join(f"--{name} {value}" for name, value in differing.items())
-        raise UserError(f"--init_adapter {args.init_adapter}: was made with {flags}; give the same")
-    return adapter
-
-
-def add_adapter(model: nn.Module, args: LoraArguments, model_id: str, start: "Adapter | None" = None) -> nn.Module:
-    """Freeze the model and wrap it with an adapter that names `model_id` as its base.
-
-    A new one, or one with the values of `start`, which must have the same shape (see `find_start`).
-
-    Raises:
-        UserError: if one of the arguments fits to no layer.
-    """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # slow to import, and merge does without
-
-    targets = target_modules(model, args)
-    names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
-    patterns = {name: json.loads(getattr(args, name) or "{}") for name in ("rank_pattern", "alpha_pattern")}
-    for flag, pattern in ((flag, pattern) for flag, found in patterns.items() for pattern in found):
-        if not any(_by_pattern({pattern: True}, name, False) for name in names):
-            raise UserError(f"--{flag}: {pattern} is the end of no adapted layer's name, such as {names[0]}")
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-        target_modules=targets,
-        **patterns,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
-    config.base_model_name_or_path = model_id  # peft writes the folder it was loaded from
-    if start is not None:
-        set_peft_model_state_dict(model, load_file(start.folder / ADAPTER_WEIGHTS))
-        start.check_loaded(model)
-    return model
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.files import atomic_write, sha256_file
+from mistral_ft.files import atomic_write
 from mistral_ft.folders import LICENSES, is_hub_id
-from mistral_ft.training.arguments import FOUR_BITS, rounding_of
+from mistral_ft.model.rounding import FOUR_BITS, rounding_of
 
 # Settings of a run worth a line in its card; the others are in its run.json.
 SHOWN_SETTINGS = (
@@ -82,30 +82,6 @@ def write_model_card(
     text += ["The prompt is what the user wrote: no system message is added.\n"]
     with atomic_write(Path(folder) / "README.md") as file:
         file.write("\n".join(text))
-
-
-def card_scores(path: str | os.PathLike) -> dict[str, str]:
-    """The figures of a predictions file that a card shows, by name.
-
-    Raises:
-        UserError: if it cannot be scored.
-    """
-    from mistral_ft.scoring.perplexity import perplexity
-    from mistral_ft.scoring.totals import Options, figures, score_file
-
-    score = score_file(path, Options())
-    scores = {"predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`"}
-    if score.texts.lines:
-        text = perplexity(score.texts)
-        interval = f"95 % interval {text['perplexity_low']:.4f} to {text['perplexity_high']:.4f}"
-        scores["perplexity"] = f"{text['perplexity']:.4f} ({interval}) on {text['tokens']:,} tokens"
-    if not score.totals.count:
-        return scores
-    result = figures(score.totals)
-    interval = f"95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}"
-    scores["accuracy"] = f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})"
-    names = {"cer": "character error rate", "wer": "word error rate", "anls": "ANLS", "token_f1": "token F1"}
-    return scores | {names[key]: f"{result[key]:.4f}" for key in names if result[key] is not None}
 
 
 def _training(adapter: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_ft.errors import UserError, run_step
+from mistral_ft.cli import run_step
+from mistral_ft.errors import UserError
 from mistral_ft.folders import MODEL_ID
 
 ROOT = Path("/")  # where /proc and /sys are

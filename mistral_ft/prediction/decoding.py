@@ -1,6 +1,6 @@
 """Greedy decoding of many records at once: prompts laid end to end, then one token of every record per step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mistral_ft.model.attention import packed_attention
 
 CACHED = "cached"
-# Prompt tokens that go through the model at once: enough to keep the GPU busy, and they need 7 GiB on the 24B.
-MAX_PROMPT_TOKENS = 16384
 # The cache's length is a multiple of it, so that batches of like length share one.
 CACHE_STEP = 256
 
@@ -189,14 +187,3 @@ def cut_at(eos: int, ids: list[list[int]], log_probs: list[list[float]]) -> tupl
     """Each row up to its first end token, that included, and the log-probabilities likewise."""
     ends = [row.index(eos) + 1 if eos in row else len(row) for row in ids]
     return tuple([row[:end] for row, end in zip(rows, ends, strict=True)] for rows in (ids, log_probs))
-
-
-def prompt_groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The rows of a batch in groups of at most MAX_PROMPT_TOKENS together, but always one."""
-    group: list[int] = []
-    for row, length in enumerate(lengths):
-        if group and sum(lengths[r] for r in group) + length > MAX_PROMPT_TOKENS:
-            yield group
-            group = []
-        group.append(row)
-    yield group

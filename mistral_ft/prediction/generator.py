@@ -1,239 +1,34 @@
 """Answering records: which folders, which batches, and the model at work."""
 
-import hashlib
 import itertools
-import json
 import os
-import sys
-from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from mistral_ft.data.dataset import PromptCollator, RecordDataset, TrainingCollator, check_images
+from mistral_ft.data.collators import GroupCollator, PromptCollator, TrainingCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.pages import page_size
+from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.predictions import PREDICTED
-from mistral_ft.data.prompt.encoder import PromptEncoder, encode_record
+from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.data.workers import batches as read
 from mistral_ft.data.workers import start_worker, usable_workers
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.files import read_settings, sha256_file
-from mistral_ft.folders import find_model_folder
-from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.attention import PACKED
-from mistral_ft.model.layers import Seeds
-from mistral_ft.model.loading import check_model_folder, is_four_bit, limit_gib, load_base, text_model, weight_bytes
-from mistral_ft.prediction.decoding import MAX_PROMPT_TOKENS, GreedyDecoder, KeyValueCache, cut_at, prompt_groups
+from mistral_ft.model.loading import text_model
+from mistral_ft.prediction.decoding import GreedyDecoder, cut_at
 from mistral_ft.prediction.field_confidence import field_confidences, token_ends, value_spans
-from mistral_ft.training.arguments import FOUR_BITS, FP8
-from mistral_ft.training.run_folder import find_run_folder, trained_tokenizer
+from mistral_ft.prediction.trained_model import ModelFolders
 
-# Records answered at once, at most, where the batch size is chosen. More of them share a sweep over the weights, but
-# wait for the longest answer among them.
-MOST_ROWS = 32
-ROWS_ON_CPU = 8
-# Padded tokens of a batch for transformers' generate: on the 24B they take about 15 GiB beside the weights' 45.
-MAX_PADDED_TOKENS = 32768
 # Tokens of plain text whose logits are there at once: 1 GiB of them with 131,072 ids.
 LABELS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class ModelFolders:
-    """Where a model's parts are.
-
-    Attributes:
-        base: hub id or folder of the base or merged model.
-        folder: its folder; of a hub id's files, the weights may still be missing there.
-        adapter: the adapter on top of it, or None.
-        rounding: what the text layers' weights are rounded to. The adapter then stays beside them: merged into such
-            weights it would be rounded away.
-    """
-
-    base: str
-    folder: Path
-    adapter: Adapter | None = None
-    rounding: str | None = None
-
-    @classmethod
-    def find(cls, model: str, four_bit: bool | None = None, base_dtype: str | None = None) -> "ModelFolders":
-        """An adapter folder and the base it names, or a model folder or hub id by itself.
-
-        Args:
-            four_bit: whether to keep the weights in 4 bits.
-            base_dtype: "fp8" keeps them in FP8, "bf16" does neither. Where nothing is said against it, the weights are
-                those that the adapter was trained on.
-
-        Raises:
-            UserError: if the folder is neither, or the adapter's tokenizer is not the one it was trained with.
-        """
-        if not Adapter.is_one(model):
-            if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-                raise UserError(f"{model}: holds neither adapter_config.json nor config.json; did its training finish?")
-            return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit, base_dtype)
-        adapter = Adapter(model)
-        run = find_run_folder(model)
-        trained_with = trained_tokenizer(run)
-        if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
-            raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
-        return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit, base_dtype)
-
-    @classmethod
-    def _with_weights(
-        cls, base: str, folder: Path, adapter: Adapter | None, four_bit: bool | None, base_dtype: str | None
-    ) -> "ModelFolders":
-        is_copy = is_four_bit(check_model_folder(folder))
-        if is_copy and (four_bit is False or base_dtype):
-            flag = f"--base_dtype {base_dtype}" if base_dtype else "--no-load_in_4bit"
-            raise UserError(f"{flag}: {folder} holds 4-bit weights only; name the bf16 model they are from")
-        if is_copy or four_bit:
-            return cls(base, folder, adapter, FOUR_BITS)
-        if base_dtype is not None:
-            return cls(base, folder, adapter, FP8 if base_dtype == "fp8" else None)
-        trained = adapter and adapter.rounding
-        return cls(base, folder, adapter, None if four_bit is False and trained == FOUR_BITS else trained)
-
-    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
-        """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
-
-        The fitter is None for a model that reads text only.
-        """
-        prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
-        return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
-
-    def load(self, device: torch.device):
-        """The model with the adapter, ready to generate: merged into it, or beside rounded weights."""
-        folder = find_model_folder(self.base)
-        model = load_base(folder, device, rounding=self.rounding)
-        if self.adapter and self.rounding:
-            wrapped = self.adapter.put_on(model)
-            Seeds(wrapped)  # runs the adapter in the base's dtype, as in training
-            model = wrapped.get_base_model()
-        elif self.adapter:
-            config = read_settings(folder / "config.json")
-            dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-            self.adapter.merge_into(model, dtype)
-        return model.eval()
-
-    def fingerprint(self) -> str:
-        """A hash that changes with the weights. Of the base's shards it reads name, size and time, not 48 GB."""
-        # A hub id's folder is named by its commit; its shards may not be there yet.
-        parts: list[Any] = [self.folder.name]
-        if Path(self.base).is_dir():
-            shards = sorted(self.folder.glob("*.safetensors"))
-            parts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-        parts.append(sha256_file(self.folder / "config.json"))
-        if self.adapter:
-            parts += [sha256_file(path) for path in sorted(self.adapter.folder.glob("adapter_*"))]
-        parts += [self.rounding] if self.rounding else []
-        return hashlib.sha256(json.dumps([str(self.base), parts]).encode()).hexdigest()
-
-
-def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None) -> list[int]:
-    """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing.
-
-    Raises:
-        UserError: naming the first record that shows an image to a model that reads text only, or that the model's
-            prompt has no place for.
-    """
-    check_images(records, fitter)
-
-    def length(record: Record) -> int:
-        try:
-            grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
-        except ValueError:
-            return 0  # the row will get an error when its turn comes
-        try:
-            return len(encode_record(encoder, record, grids, with_answer=False)[0])
-        except ValueError as error:
-            raise record.error(str(error)) from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(length, records))
-
-
-def plan_batches(lengths: Sequence[int], batch_size: int, most_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of like length, the longest first, so that what does not fit fails at once.
-
-    A batch has at most `batch_size` rows and, if all were as long as its longest, `most_tokens` tokens, but always one
-    row.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full = batches and (
-            len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > most_tokens
-        )
-        if not batches or full:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def plan(
-    lengths: Sequence[int],
-    folders: ModelFolders,
-    device: torch.device,
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    num_beams: int | None = None,
-    texts: Set[int] = frozenset(),
-) -> list[list[int]]:
-    """Batches for these prompts.
-
-    Args:
-        lengths: tokens of each prompt.
-        folders: of the model.
-        batch_size: rows of a batch; None: as many as the GPU has room for, up to `MOST_ROWS`.
-        num_beams: beams of transformers' generate, where that is used.
-        texts: rows of plain text, which are read and not answered: they have batches of their own.
-    """
-    if texts:
-        asked = [row for row in range(len(lengths)) if row not in texts]
-        read = sorted(texts)
-        answered = asked and plan(
-            [lengths[row] for row in asked], folders, device, max_new_tokens, batch_size, num_beams
-        )
-        reading = plan_batches([lengths[row] for row in read], batch_size or MOST_ROWS, MAX_PROMPT_TOKENS)
-        return [[rows[k] for k in batch] for rows, batches in ((asked, answered), (read, reading)) for batch in batches]
-    whole = [length + max_new_tokens for length in lengths]
-    if num_beams is not None:
-        return plan_batches(whole, batch_size or ROWS_ON_CPU, MAX_PADDED_TOKENS // num_beams)
-    if device.type != "cuda" or batch_size is not None:
-        return plan_batches(whole, batch_size or ROWS_ON_CPU, sys.maxsize)
-    return plan_batches(whole, MOST_ROWS, cache_tokens(folders, device, max(lengths)))
-
-
-def cache_tokens(folders: ModelFolders, device: torch.device, longest: int) -> int:
-    """Tokens, of prompts and answers, whose keys and values the GPU has room for beside the weights.
-
-    Args:
-        folders: of the model; only its config.json is read.
-        longest: tokens of the longest prompt.
-    """
-    text = AutoConfig.from_pretrained(folders.folder).get_text_config()
-    free = limit_gib(device) * 2**30 - weight_bytes(folders.folder, folders.rounding)
-    return tokens_that_fit(free, text, longest)
-
-
-def tokens_that_fit(free: float, text: Any, longest: int) -> int:
-    """Tokens whose keys and values go into `free` bytes of GPU memory beside the prompts at work.
-
-    Args:
-        text: the text model's config.
-        longest: tokens of the longest prompt.
-    """
-    # Prompts at work: five tensors as wide as the MLP, eight as wide as the hidden state; 3 GiB for the rest.
-    width = 2 * (5 * text.intermediate_size + 8 * text.hidden_size)
-    at_work = max(longest, MAX_PROMPT_TOKENS) * width + 3 * 2**30
-    return max(0, int(free - at_work)) // KeyValueCache.bytes_per_token(text, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -453,14 +248,3 @@ class _Prompts:
 def _as_it_is(row: tuple[int, Any]) -> tuple[int, Any]:
     """DataLoader would turn every number of a row into a tensor."""
     return row
-
-
-class GroupCollator:
-    """Examples to groups of prompts laid end to end, as `GreedyDecoder` takes them."""
-
-    def __init__(self, pad_id: int):
-        self.collate = TrainingCollator(pad_id)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        lengths = [len(example["input_ids"]) for example in examples]
-        return [self.collate([[examples[row] for row in group]]) for group in prompt_groups(lengths)]

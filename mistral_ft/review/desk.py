@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from mistral_ft.data.row_keys import stable_hash
 from mistral_ft.review.index import EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED, RowIndex, index_part, line_starts
 from mistral_ft.review.log import Review, ReviewLog
 from mistral_ft.scoring.metrics import is_hit
-from mistral_ft.scoring.totals import stable_hash
 
 FIRST_BYTES = 1 << 20  # indexed before the first page is served
 POLL_SECONDS = 0.7  # between looks at whether the files have grown

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import Record, check_record, checked
+from mistral_ft.data.row_keys import key_of
 from mistral_ft.data.rows import RowSource, read_objects
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
-from mistral_ft.review.index import key_of
 from mistral_ft.review.log import Review, log_path, read_log
 
 

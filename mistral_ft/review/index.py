@@ -19,14 +19,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
+from mistral_ft.data.row_keys import key_of
 from mistral_ft.data.rows import parse_line
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.metrics import answer_of, fold, grade
 from mistral_ft.scoring.mistakes import kind_of
-from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, Options, slice_of, stable_hash
+from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, Options, slice_of
 
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 64 << 20  # bytes; a longer line is listed as bad, not read
@@ -181,17 +181,6 @@ def _skip_line_end(file: IO[bytes], start: int) -> int:
             return start + 1
     file.seek(start)
     return start
-
-
-def key_of(row: dict[str, Any]) -> tuple[int, int, int]:
-    """(key, identity, expected) of a row: hashes as in `scoring.Pairing`."""
-    name, prompt, expected = row.get("id"), row.get("messages"), row.get("expected")
-    key = stable_hash(["prompt", prompt] if name is None else ["id", name])
-    if name is prompt is None:  # known by its fields, without those that predict adds
-        identity = stable_hash({field: value for field, value in row.items() if field not in PREDICTED})
-    else:
-        identity = stable_hash([name, prompt])
-    return key, identity, stable_hash(expected.strip() if isinstance(expected, str) else expected)
 
 
 def measure(row: dict[str, Any]) -> tuple[tuple[int, int, float, float, int], dict[str, str]]:

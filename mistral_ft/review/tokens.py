@@ -79,7 +79,7 @@ class TokenView:
             raise UserError("start the server with --model and a model's or run's folder to see tokens")
         with self._lock:
             if self._loaded is None:
-                from mistral_ft.prediction.generator import ModelFolders  # imports torch
+                from mistral_ft.prediction.trained_model import ModelFolders  # imports torch
 
                 self._loaded = ModelFolders.find(self.model).load_prompt()
         return self._loaded

@@ -106,17 +106,3 @@ def compare_texts(first: Texts, second: Texts, names: Sequence[str | os.PathLike
         "verdict": "cannot tell" if low <= 0 <= high else "better" if high < 0 else "worse",
         "left_out": len(first.lines) + len(second.lines) - 2 * len(at_a),
     }
-
-
-def print_perplexity(text: dict[str, Any]) -> None:
-    """One line of figures, and two if they are compared."""
-    print(
-        f"Perplexity = {text['perplexity']:.4f} (95 % interval {text['perplexity_low']:.4f} to "
-        f"{text['perplexity_high']:.4f}) on {text['count']:,} plain texts, {text['tokens']:,} tokens"
-    )
-    if found := text.get("comparison"):
-        print(
-            f"Against {found['other']}, on {found['count']:,} texts: {found['before']:.4f} there, {found['after']:.4f} "
-            f"here, {found['ratio']:.4f} times (95 % interval {found['low']:.4f} to {found['high']:.4f})"
-        )
-        print(f"Verdict: {found['verdict']} at 95 %")

@@ -7,16 +7,15 @@ passes through jinja2's escaping; the plots' through matplotlib's.
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rapidfuzz.distance import Levenshtein
 
 from mistral_ft import plots
+from mistral_ft.html import templates, visible
 from mistral_ft.scoring.mistakes import KINDS, example_of
-from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, name_lines, review_sentence, visible, worst_fields
+from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, review_sentence, worst_fields
 from mistral_ft.scoring.totals import read_lines
 
 MOST_SLICES_PLOTTED = 25
@@ -64,31 +63,6 @@ def report(
             risk_coverage_plot=Markup(plots.risk_coverage_plot(result["confidence"])) if "confidence" in result else "",
         )
     )
-
-
-def templates() -> Environment:
-    """What makes pages: every text is escaped, and a name that a template does not know is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "number": "{:,}".format, "visible": visible, "lines": name_lines}
-    return environment
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share in percent; what is not all (or nothing) is never rounded to it."""
-    if share is None:
-        return "–"
-    text, least = f"{share:.{digits}%}", 10.0**-digits
-    if share < 1 and text == f"{1:.{digits}%}":
-        text = f"> {100 - least:.{digits}f}%"
-    elif share > 0 and text == f"{0:.{digits}%}":
-        text = f"< {least:.{digits}f}%"
-    return text.replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def diff(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import UserError
+from mistral_ft.files import sha256_file
 from mistral_ft.scoring.comparison import Comparison
 from mistral_ft.scoring.confidence import (
     calibrate,
@@ -128,3 +130,27 @@ def describe_comparison(comparison: Comparison, file: str | os.PathLike, other: 
         "fixed": [{"line": line, "other_line": before, "id": ids[line]} for before, line in comparison.fixed],
         "broken": [{"line": line, "other_line": before, "id": ids[line]} for before, line in comparison.broken],
     }
+
+
+def card_scores(path: str | os.PathLike) -> dict[str, str]:
+    """The figures of a predictions file that a card shows, by name.
+
+    Raises:
+        UserError: if it cannot be scored.
+    """
+    from mistral_ft.scoring.perplexity import perplexity
+    from mistral_ft.scoring.totals import Options, figures, score_file
+
+    score = score_file(path, Options())
+    scores = {"predictions": f"{Path(path).name}, SHA-256 `{sha256_file(path)}`"}
+    if score.texts.lines:
+        text = perplexity(score.texts)
+        interval = f"95 % interval {text['perplexity_low']:.4f} to {text['perplexity_high']:.4f}"
+        scores["perplexity"] = f"{text['perplexity']:.4f} ({interval}) on {text['tokens']:,} tokens"
+    if not score.totals.count:
+        return scores
+    result = figures(score.totals)
+    interval = f"95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}"
+    scores["accuracy"] = f"{result['hits']}/{result['count']} = {result['accuracy']:.4f} ({interval})"
+    names = {"cer": "character error rate", "wer": "word error rate", "anls": "ANLS", "token_f1": "token F1"}
+    return scores | {names[key]: f"{result[key]:.4f}" for key in names if result[key] is not None}

@@ -4,8 +4,8 @@ import json
 import sys
 from typing import Any
 
+from mistral_ft.html import name_lines, visible
 from mistral_ft.scoring.mistakes import KINDS
-from mistral_ft.scoring.perplexity import print_perplexity
 
 FOLD_NAMES = {"case": "capitals", "space": "runs of spaces", "nfc": "Unicode forms"}
 
@@ -177,18 +177,20 @@ def name_rows(result: dict[str, Any]) -> None:
         print(f"{left_out} rows are in one file only, or have no `expected`", file=sys.stderr)
 
 
-def name_lines(lines: list[int], shown: int = 20) -> str:
-    """Line numbers, not all of them if there are many."""
-    more = ", …" if len(lines) > shown else ""
-    return f"lines {', '.join(map(str, lines[:shown]))}{more}"
-
-
-def visible(text: str, width: int = 60) -> str:
-    """Text in one line, cut to `width` characters, with escapes for what a terminal or a page would not show."""
-    text = text if len(text) <= width else f"{text[: width - 1]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def print_json(result: dict[str, Any]) -> None:
     """Everything as one JSON object, for machines."""
     print(json.dumps(result, ensure_ascii=False))
+
+
+def print_perplexity(text: dict[str, Any]) -> None:
+    """One line of figures, and two if they are compared."""
+    print(
+        f"Perplexity = {text['perplexity']:.4f} (95 % interval {text['perplexity_low']:.4f} to "
+        f"{text['perplexity_high']:.4f}) on {text['count']:,} plain texts, {text['tokens']:,} tokens"
+    )
+    if found := text.get("comparison"):
+        print(
+            f"Against {found['other']}, on {found['count']:,} texts: {found['before']:.4f} there, {found['after']:.4f} "
+            f"here, {found['ratio']:.4f} times (95 % interval {found['low']:.4f} to {found['high']:.4f})"
+        )
+        print(f"Verdict: {found['verdict']} at 95 %")

@@ -5,7 +5,6 @@ What does grow are arrays of 8 bytes a row: hashes of the ids, confidences, and 
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 from array import array
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mistral_ft.data.records import check_record, image_blocks
+from mistral_ft.data.row_keys import _hash, stable_hash
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.progress import Progress
@@ -297,18 +297,6 @@ def read_lines(path: str | os.PathLike, lines: Iterable[int]) -> Iterator[tuple[
             if line in wanted:
                 wanted.remove(line)
                 yield line, parse_line(raw, first=line == 1)
-
-
-_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for every row
-
-
-def stable_hash(value: Any) -> int:
-    """64 bits of a JSON value's hash, the same in every process."""
-    return _hash(_encode(value).encode())
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
 LENGTHS = (10, 20, 50, 100, 200)

@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from mistral_ft.cli import ArgumentParser, OneLineErrors
 from mistral_ft.data.records import MAX_SEQ_LENGTH
 from mistral_ft.distributed import world_size
-from mistral_ft.errors import ArgumentParser, OneLineErrors, UserError
+from mistral_ft.errors import UserError
 from mistral_ft.folders import MODEL_ID
+from mistral_ft.model.rounding import rounding_of
 from mistral_ft.training.config_file import as_words, nearest, read_config
-
-# What the weights of a base's text layers may be rounded to while they are loaded.
-FOUR_BITS, FP8 = "4 bits", "FP8"
 
 EPILOG = """Any transformers.TrainingArguments flag works too, such as --num_train_epochs 3, --learning_rate 1e-4,
 --per_device_train_batch_size 1, --gradient_accumulation_steps 4, --warmup_steps 0.03 (below 1: a share of all steps),
@@ -151,13 +150,6 @@ class ModelArguments:
         """Everything wrong with these arguments, one line each."""
         both = self.load_in_4bit and self.base_dtype == "fp8"
         return ["--base_dtype fp8 and --load_in_4bit True exclude each other"] if both else []
-
-
-def rounding_of(settings: dict[str, Any]) -> str | None:
-    """What a base's weights are rounded to by `ModelArguments`, which may be those in a run.json; None for nothing."""
-    if settings.get("load_in_4bit"):
-        return FOUR_BITS
-    return FP8 if settings.get("base_dtype") == "fp8" else None
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mistral_ft.data.dataset import PackBatches, PackedDataset, RecordDataset, RecordSize, TrainingCollator
+from mistral_ft.data.collators import GroupCollator, PackBatches, PackedDataset, TrainingCollator
+from mistral_ft.data.dataset import RecordDataset, RecordSize
 from mistral_ft.data.packing import pack, round_up
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import Record
@@ -16,9 +17,9 @@ from mistral_ft.data.splitting import Splitter
 from mistral_ft.data.workers import Sending, batches, start_worker, usable_workers
 from mistral_ft.distributed import gather, rank, vote, world_size
 from mistral_ft.errors import UserError
-from mistral_ft.model.loading import limit_gib
+from mistral_ft.model.device import limit_gib
+from mistral_ft.prediction.batch_plan import ROWS_ON_CPU, plan_batches, tokens_that_fit
 from mistral_ft.prediction.decoding import GreedyDecoder
-from mistral_ft.prediction.generator import ROWS_ON_CPU, GroupCollator, plan_batches, tokens_that_fit
 from mistral_ft.progress import Progress
 from mistral_ft.scoring.metrics import edit_counts, is_exact
 from mistral_ft.training.arguments import BETTER_HIGH

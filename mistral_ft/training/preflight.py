@@ -16,8 +16,9 @@ from mistral_ft.data.packing import activation_bytes, choose_length, pack, round
 from mistral_ft.distributed import gather, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.model.attention import PACKED
+from mistral_ft.model.device import limit_gib
 from mistral_ft.model.layers import LayerRunner, set_up_compiler
-from mistral_ft.model.loading import limit_gib, text_model
+from mistral_ft.model.loading import text_model
 from mistral_ft.training.arguments import SpeedArguments
 from mistral_ft.training.trainer import FinetuneTrainer
 

@@ -14,18 +14,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mistral_ft.data.prompt.encoder import save_prompt_files
+from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.data.rows import data_files
 from mistral_ft.distributed import rank, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
+from mistral_ft.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, RUN_FILE, full_name, read_run
 from mistral_ft.model.card import write_model_card
 from mistral_ft.training.arguments import ABOUT_EVALUATION, changed_fields
 from mistral_ft.training.checkpoints import fault, newest_first, newest_sound, step_of
 from mistral_ft.training.config_file import write_config
 
-RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
 
 ADJECTIVES = (
@@ -209,11 +208,6 @@ def _describe(settings: dict[str, Any], files: Sequence[dict[str, str]]) -> dict
     }
 
 
-def full_name(model_id: str) -> str:
-    """A folder's whole path, or a hub id."""
-    return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
-
-
 def _changes(run: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's description is another now."""
     then = {"processes": 1, "evaluation": {}} | run.get("resume", {})  # as older runs were
@@ -254,12 +248,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
-def find_run_folder(folder: str | os.PathLike) -> Path:
-    """The run folder of an adapter: the folder itself, or the one above a checkpoint."""
-    folder = Path(folder)
-    return folder if (folder / RUN_FILE).is_file() else folder.parent
-
-
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """The checkpoint to resume from: a checkpoint folder, or the newest complete one of a run folder.
 
@@ -277,20 +265,3 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if checkpoint is None or not (checkpoint.parent / RUN_FILE).is_file():
         raise UserError(f"{path}: holds no complete checkpoint to resume from; give a run folder such as output/<name>")
     return checkpoint
-
-
-def read_run(folder: str | os.PathLike) -> dict[str, Any]:
-    """The run file of a run folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = Path(folder) / RUN_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: missing, so {folder} was not made by train")
-    return read_settings(path)
-
-
-def trained_tokenizer(run: str | os.PathLike) -> str | None:
-    """SHA-256 of the tokenizer.json that a run was trained with."""
-    return read_run(run).get("prompt", {}).get("tokenizer_sha256")

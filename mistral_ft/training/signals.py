@@ -6,8 +6,7 @@ import time
 from types import TracebackType
 from typing import NoReturn
 
-# Ctrl-C, and what schedulers send ahead of taking the machine away.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from mistral_ft.data.workers import SIGNALS
 
 
 class Stop:

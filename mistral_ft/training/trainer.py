@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 
-from mistral_ft.data.dataset import PackBatches, PackedDataset, RecordDataset, TrainingCollator
+from mistral_ft.data.collators import PackBatches, PackedDataset, TrainingCollator
+from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.workers import Sending, WorkerLost, start_worker, usable_workers, waiting_for_workers
 from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
+from mistral_ft.folders import ADAPTER_WEIGHTS
 from mistral_ft.model.layers import EmbeddingNoise, Seeds
 from mistral_ft.status import Status
 from mistral_ft.training import checkpoints
@@ -41,7 +43,6 @@ from mistral_ft.training.evaluation import (
     is_worn_out,
     verdict,
 )
-from mistral_ft.training.run_folder import ADAPTER_WEIGHTS
 from mistral_ft.training.run_log import RunLog
 from mistral_ft.training.signals import Stop, Timer
 

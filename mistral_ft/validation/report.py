@@ -13,8 +13,9 @@ from mistral_ft.data.pages import open_image
 from mistral_ft.data.records import Record, checked
 from mistral_ft.data.references import is_data_url
 from mistral_ft.data.rows import RowSource, parse_line
-from mistral_ft.scoring.report import templates
-from mistral_ft.validation.checker import Examples, Kind, Source, Tally
+from mistral_ft.html import templates
+from mistral_ft.validation.checker import Kind, Source
+from mistral_ft.validation.tally import Examples, Tally
 
 MOST_THUMBNAILS = 48
 THUMBNAIL = (220, 280)  # pixels, at most

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mistral_ft.data.prompt.encoder import load_tokenizer
-from mistral_ft.model.loading import patch_positions
+from mistral_ft.data.prompt.tokenizer import load_tokenizer
+from mistral_ft.model.vision import patch_positions
 from models.pretraining import pages
 from models.pretraining.glyphs import CHARACTERS, GREYS
 from models.pretraining.pages import CELL, Line, Page

@@ -11,13 +11,12 @@ ever added: the prompt is what the user wrote.
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 from mistral_ft.data.conversation import (
     merge_messages,
@@ -31,28 +30,13 @@ from mistral_ft.data.conversation import (
     tool_calls_text,
     tools_text,
 )
+from mistral_ft.data.prompt.tokenizer import is_sentencepiece, load_tokenizer
 from mistral_ft.data.prompt.versions import VERSIONS, PromptVersion, find_version
 from mistral_ft.data.records import Record
 from mistral_ft.data.references import expand_pages
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_settings, write_json
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
-
-# Tekken's own pattern, as every tekken.json since 2024-07 has it. The tokenizer.json on the hub has another one, which
-# gives wrong ids: https://github.com/huggingface/transformers/issues/42299
-TEKKEN_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-
-# Files that make a folder's tokenizer and processor; they go with every adapter and merged model.
-PROMPT_FILES = (
-    "tekken.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -366,87 +350,3 @@ def length_problem(tokens: int, image_tokens: int, images: int, max_seq_length: 
         f"{tokens} tokens ({image_tokens} of them for {images} images) are more than --max_seq_length "
         f"{max_seq_length}; raise it, or shorten the record"
     )
-
-
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The folder's tokenizer, prepared so that its ids are mistral-common's, whatever its tokenizer.json says.
-
-    Tekken gets its own pre-tokenizer pattern. SentencePiece gets no space of its own: `PromptEncoder` writes it.
-
-    Raises:
-        UserError: if the folder has neither tokenizer.json nor tekken.json, or one is broken.
-    """
-    folder = Path(folder)
-    tekken, fast = folder / "tekken.json", folder / "tokenizer.json"
-    if fast.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(fast))
-        except Exception as error:  # tokenizers raises nothing more special
-            raise UserError(f"{fast}: broken: {error}") from None
-    elif tekken.is_file():
-        from transformers.integrations.mistral.tokenizer import MistralConverter  # slow to import
-
-        try:
-            return MistralConverter(vocab_file=str(tekken)).converted()
-        except (ImportError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{tekken}: cannot be used: {str(error).strip().splitlines()[0]}") from None
-    else:
-        raise UserError(f"{folder}: has neither tokenizer.json nor tekken.json, so it is no model folder")
-    if is_sentencepiece(tokenizer):
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.pre_tokenizer = None
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        return tokenizer
-    config = read_settings(tekken).get("config") if tekken.is_file() else None
-    pattern = config.get("pattern") if isinstance(config, dict) else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern or TEKKEN_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    return tokenizer
-
-
-def is_sentencepiece(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer is one of SentencePiece's, as up to Mistral-7B v0.3: they fall back on bytes."""
-    return bool(getattr(tokenizer.model, "byte_fallback", False))
-
-
-def save_prompt_files(base: str | os.PathLike, folder: str | os.PathLike) -> str:
-    """Write the tokenizer, processor and chat template that reproduce the encoder's ids into `folder`.
-
-    The base's own files are copied where they do. Its tokenizer.json gets the right pattern, and its chat template,
-    which may add a default system message with a date, is replaced by one that writes what the encoder writes.
-
-    Returns:
-        `PromptEncoder.template`.
-    """
-    base, folder = Path(base), Path(folder)
-    for name in PROMPT_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    encoder = PromptEncoder.from_folder(base)
-    encoder.tokenizer.encode_special_tokens = False
-    encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    layout = {name: value for name, value in asdict(encoder.version).items() if name != "models"}
-    layout |= {"space": encoder.space, "thinking": encoder.control.think is not None}
-    settings = f"{{%- set version = {to_json(layout)} -%}}\n"
-    (folder / "chat_template.jinja").write_text(settings + CHAT_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
-
-    config_path = folder / "tokenizer_config.json"
-    config = read_settings(config_path) if config_path.is_file() else {}
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    if encoder.space:
-        # transformers builds its Llama tokenizers anew, with a space of their own, instead of reading tokenizer.json.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    pad = encoder.tokenizer.id_to_token(encoder.control.pad)
-    for name, token in {"bos": "<s>", "eos": "</s>", "pad": pad, "unk": "<unk>"}.items():
-        config[f"{name}_token"] = config.get(f"{name}_token") or token
-    config.pop("chat_template", None)
-    # Tells transformers that the pattern is right, so that it neither warns nor asks for the flag.
-    config["fix_mistral_regex"] = True
-    write_json(config_path, config)
-    return encoder.template
