@@ -16,6 +16,7 @@ answers on several GPUs, each with a copy of the model, and writes the same file
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mistral_ft.distributed import (
 from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 from mistral_ft.model.gpus import use_gpu
+from mistral_ft.scoring.metrics import is_hit
 
 
 def parse_arguments():
@@ -102,6 +104,16 @@ def default_name(model: str) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
+def count_expected(rows: Iterable[dict[str, Any]]) -> int:
+    """How many rows say what is expected."""
+    return sum(row.get("expected") is not None for row in rows)
+
+
+def count_hits(rows: Iterable[dict[str, Any]]) -> int:
+    """How many of them are right."""
+    return sum(is_hit(row) for row in rows if row.get("expected") is not None)
+
+
 def main() -> int:
     # 1. Arguments and records.
     args = parse_arguments()
@@ -166,6 +178,7 @@ def main() -> int:
 
     # 4. Answers, batch by batch.
     rows = [record.row for record in records]
+    hits, scored = count_hits(predictions.done.values()), count_expected(predictions.done.values())
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     mine = left[rank() :: world_size()]
     try:
@@ -178,10 +191,11 @@ def main() -> int:
             for turn in range(math.ceil(len(left) / world_size())):
                 for answers in filter(None, gather(next(found) if turn < len(mine) else None)):
                     if rank() == 0:
-                        predictions.add({index: answer.write_into(rows[index]) for index, answer in answers.items()})
-                    accuracy = predictions.hits / max(1, predictions.scored)
-                    text = f"accuracy {predictions.hits}/{predictions.scored} = {accuracy:.3f}"
-                    progress.update(len(answers), text if predictions.scored else "")
+                        finished = {index: answer.write_into(rows[index]) for index, answer in answers.items()}
+                        predictions.add(finished)
+                        hits, scored = hits + count_hits(finished.values()), scored + count_expected(finished.values())
+                    text = f"accuracy {hits}/{scored} = {hits / scored:.3f}" if scored else ""
+                    progress.update(len(answers), text)
     except (KeyboardInterrupt, WorkerLost) as stop:
         progress.close()
         done = f"{progress.done} of {len(rows)} rows are done; the same command continues"

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.errors import DISK_FAULTS, UserError
-from mistral_ft.files import read_settings
+from mistral_ft.files import read_settings, sha256_file
+
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 MODEL_ID = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
 
@@ -135,12 +138,6 @@ def _explain(model_id: str, error: Exception) -> Exception:
     return error
 
 
-RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
 def full_name(model_id: str) -> str:
     """A folder's whole path, or a hub id."""
     return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
@@ -167,3 +164,10 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
 def trained_tokenizer(run: str | os.PathLike) -> str | None:
     """SHA-256 of the tokenizer.json that a run was trained with."""
     return read_run(run).get("prompt", {}).get("tokenizer_sha256")
+
+
+def check_tokenizer(run: Path) -> None:
+    """Raises UserError if a run's tokenizer is not the one that its adapter was trained with."""
+    path, trained_with = run / "tokenizer.json", trained_tokenizer(run)
+    if not path.is_file() or sha256_file(path) != trained_with:
+        raise UserError(f"{path}: is not the one the adapter was trained with (see {RUN_FILE})")

@@ -5,6 +5,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
+# Prompt tokens that go through the model at once: enough to keep the GPU busy, and they need 7 GiB on the 24B.
+MAX_PROMPT_TOKENS = 16384
+
 # Sequence lengths are multiples of it: the tiles of matrix products on GPUs are 128 or 256 rows high.
 STEP = 128
 # More records to a step mean fewer steps for the adapter to learn in: beyond RECORDS_PER_STEP on average, sequences
@@ -80,10 +83,6 @@ def activation_bytes(layers: int, hidden_size: int, intermediate_size: int) -> t
 def round_up(tokens: int) -> int:
     """The next multiple of `STEP`."""
     return max(STEP, math.ceil(tokens / STEP) * STEP)
-
-
-# Prompt tokens that go through the model at once: enough to keep the GPU busy, and they need 7 GiB on the 24B.
-MAX_PROMPT_TOKENS = 16384
 
 
 def prompt_groups(lengths: Sequence[int]) -> Iterator[list[int]]:

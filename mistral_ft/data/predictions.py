@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from mistral_ft.errors import UserError
 from mistral_ft.files import atomic_write, check_target
-from mistral_ft.scoring.metrics import is_hit
 
 PREDICTED = ("actual", "thinking", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
 
@@ -31,7 +30,6 @@ class Predictions:
 
     Attributes:
         done: finished rows by number.
-        hits, scored: how many of them are right, of how many with `expected`.
 
     Raises:
         UserError: if a partial file with other settings is there.
@@ -46,10 +44,8 @@ class Predictions:
         self.done: dict[int, dict[str, Any]] = {}
         self._header = {"settings": settings, "plan": self.plan}
         self._file: IO[str] | None = None
-        self.hits = self.scored = 0
         if self.partial.exists() and not overwrite:
             self._read()
-            self._count(self.done)
 
     @property
     def batches_left(self) -> list[list[int]]:
@@ -66,12 +62,6 @@ class Predictions:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done |= batch
-        self._count(batch)
-
-    def _count(self, rows: dict[int, dict[str, Any]]) -> None:
-        scored = [row for row in rows.values() if row.get("expected") is not None]
-        self.scored += len(scored)
-        self.hits += sum(map(is_hit, scored))
 
     def finish(self) -> None:
         """Write the file, rows in the order of the data, and remove the partial one."""

@@ -17,6 +17,12 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from mistral_ft.errors import UserError
 
+KILLED = "a process that reads pages was killed; is the machine short of memory?"
+_watched: set[BaseProcess] = set()
+
+# Ctrl-C, and what schedulers send ahead of taking the machine away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class WorkerLost(UserError):
     """A worker process has ended before its work."""
@@ -100,11 +106,6 @@ def _end_with_the_parent() -> None:
     os._exit(0)
 
 
-KILLED = "a process that reads pages was killed; is the machine short of memory?"
-
-_watched: set[BaseProcess] = set()
-
-
 def _check(number: int = 0, frame: object = None) -> None:
     """Raises WorkerLost if a worker has ended otherwise than by itself."""
     for worker in list(_watched):
@@ -155,7 +156,3 @@ def batches(loader: DataLoader) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
-
-
-# Ctrl-C, and what schedulers send ahead of taking the machine away.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

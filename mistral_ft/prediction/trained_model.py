@@ -12,7 +12,7 @@ from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, sha256_file
-from mistral_ft.folders import find_model_folder, find_run_folder, trained_tokenizer
+from mistral_ft.folders import check_tokenizer, find_model_folder, find_run_folder
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.layers import Seeds
 from mistral_ft.model.loading import check_model_folder, load_base
@@ -54,9 +54,7 @@ class ModelFolders:
             return cls._with_weights(model, find_model_folder(model, weights=False), None, four_bit, base_dtype)
         adapter = Adapter(model)
         run = find_run_folder(model)
-        trained_with = trained_tokenizer(run)
-        if not (run / "tokenizer.json").is_file() or sha256_file(run / "tokenizer.json") != trained_with:
-            raise UserError(f"{run / 'tokenizer.json'}: is not the one the adapter was trained with (see run.json)")
+        check_tokenizer(run)
         return cls._with_weights(adapter.base_model, adapter.find_base(weights=False), adapter, four_bit, base_dtype)
 
     @classmethod

@@ -5,10 +5,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import page_size
-from mistral_ft.data.prompt.encoder import encode_record
+from mistral_ft.data.prompt.encoder import PromptEncoder, encode_record
 from mistral_ft.data.records import Record, checked, image_blocks
 from mistral_ft.errors import UserError
+from mistral_ft.folders import check_tokenizer, find_prompt_folders
 from mistral_ft.review.page_files import find_page
 
 MOST_TOKENS = 20_000  # that are shown one by one
@@ -79,9 +81,10 @@ class TokenView:
             raise UserError("start the server with --model and a model's or run's folder to see tokens")
         with self._lock:
             if self._loaded is None:
-                from mistral_ft.prediction.trained_model import ModelFolders  # imports torch
-
-                self._loaded = ModelFolders.find(self.model).load_prompt()
+                run, base = find_prompt_folders(self.model)
+                if run != base:
+                    check_tokenizer(run)
+                self._loaded = PromptEncoder.from_folder(run), ImageFitter.from_folder(base)
         return self._loaded
 
 
