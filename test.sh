@@ -12,7 +12,7 @@ names the Python for it, 3.10 to 3.14 (default: python3).
 
   ./test.sh -m slow                  the tests that take minutes
   ./test.sh -m gpu                   those that need a GPU
-  ./test.sh tests/test_score.py      one file
+  ./test.sh tests/steps/test_score.py  one file
   .venv/bin/python -m pytest --help  pytest's own arguments
 END
     exit

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard, errors
 
 from mistral_ft.folders import MODEL_ID, find_quantization, is_hub_id
 from mistral_ft.model.card import write_model_card
-from tests.adapters import make_adapter
 from tests.conftest import ROOT, TINY, row, write_jsonl
+from tests.helpers.adapters import make_adapter
 
 TOKEN = "hf_secretsecret"
 

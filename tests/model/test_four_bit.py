@@ -22,8 +22,8 @@ from mistral_ft.model.rounding import FOUR_BITS
 from mistral_ft.training.arguments import LoraArguments
 from mistral_ft.training.new_adapter import add_adapter
 from tests.conftest import read_rows
-from tests.lora_layers import by_peft_and_by_us
-from tests.tiny_models import write_model
+from tests.helpers.lora_layers import by_peft_and_by_us
+from tests.helpers.tiny_models import write_model
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from mistral_ft.prediction.trained_model import ModelFolders
 from mistral_ft.training.arguments import LoraArguments
 from mistral_ft.training.new_adapter import add_adapter
 from tests.conftest import TINY, read_rows
-from tests.lora_layers import by_peft_and_by_us
+from tests.helpers.lora_layers import by_peft_and_by_us
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder
 from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.errors import UserError
-from tests.conversations import IMAGE, NASTY, TOOLS, assistant, system, text, user
+from tests.helpers.conversations import IMAGE, NASTY, TOOLS, assistant, system, text, user
 
 TINY = Path("models/tiny")
 X = IGNORE_INDEX

@@ -232,7 +232,7 @@ def test_it_trains_predicts_scores_and_merges(heading, run_cli, tmp_path, monkey
     base = TINY
     if case.base:
         pytest.importorskip("mistral_common")  # not to be had for Python 3.10
-        from tests.tiny_models import sharpen, write_model
+        from tests.helpers.tiny_models import sharpen, write_model
 
         base = write_model(tmp_path / "base", case.base)
         sharpen(base / "model.safetensors")

@@ -1,4 +1,7 @@
-"""What each of two processes holds of a sharded base, and computes: torchrun --nproc_per_node 2 -m tests.sharded"""
+"""What each of two processes holds of a sharded base, and computes.
+
+torchrun --nproc_per_node 2 -m tests.helpers.sharded
+"""
 
 import torch
 from torch.distributed.fsdp import FSDPModule

@@ -12,8 +12,8 @@ from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import Record, read_records
 from mistral_ft.prediction.generator import Answer, Generator
 from tests.conftest import TINY, read_rows, write_jsonl
-from tests.conversations import CALL, HOW_TO_THINK, NASTY, TOOLS, assistant, text, thinking, user
-from tests.tiny_models import sharpen, write_model, write_tekken
+from tests.helpers.conversations import CALL, HOW_TO_THINK, NASTY, TOOLS, assistant, text, thinking, user
+from tests.helpers.tiny_models import sharpen, write_model, write_tekken
 
 ROWS = [
     {

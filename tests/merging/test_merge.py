@@ -23,8 +23,8 @@ from mistral_ft.merging import merge as merging
 from mistral_ft.merging.shards import Shard, Span, read_checkpoint
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.loading import load_base
-from tests.adapters import VARIANTS, make_adapter, read_weights
 from tests.conftest import ROOT, TINY
+from tests.helpers.adapters import VARIANTS, make_adapter, read_weights
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"

@@ -146,7 +146,7 @@ FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
 def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line, more):
     output = tmp_path / "output"
     arguments = (*FAULTY, *more, "--dataset", pages / "train.jsonl", "--output_dir", output)
-    done = together("tests.faulty", fault, 1, 4, *arguments)
+    done = together("tests.helpers.faulty", fault, 1, 4, *arguments)
     assert done.returncode == 1  # torchrun's
     assert errors(done) == [line]
     (run,) = output.iterdir()
@@ -169,7 +169,7 @@ def test_a_signal_to_one_process_ends_the_evaluation_of_all(pages, tmp_path, mor
     data, output = pages / "train.jsonl", tmp_path / "output"
     arguments = (*TRAIN, "--max_steps", 3, "--eval_steps", 2, "--eval_dataset", data, "--load_best_model_at_end", True)
     arguments = (*arguments, *more, "--dataset", data, "--output_dir", output)
-    done = together("tests.faulty", "evaluation", 1, 2, *arguments)
+    done = together("tests.helpers.faulty", "evaluation", 1, 2, *arguments)
     assert done.returncode == 1  # torchrun's
     assert errors(done) == ["error: stopped after step 2, which is saved"]
     assert "eval loss" not in done.stdout
@@ -212,6 +212,6 @@ def test_a_run_of_two_processes_is_not_continued_by_one(pages, run_cli, tmp_path
 
 @pytest.mark.slow
 def test_a_sharded_base_holds_a_share_and_computes_the_same():
-    done = together("tests.sharded")
+    done = together("tests.helpers.sharded")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as the whole") == 2

@@ -7,7 +7,7 @@ import pytest
 from mistral_ft.data.formats import as_record
 from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record
 from mistral_ft.data.records import Record, check_record, image_blocks
-from tests.conversations import CHATS, NASTY, assistant, user
+from tests.helpers.conversations import CHATS, NASTY, assistant, user
 
 TINY = Path("models/tiny")
 X = IGNORE_INDEX

@@ -22,7 +22,7 @@ from mistral_ft.training.run_folder import Run
 from mistral_ft.training.run_log import METRICS_FILE
 from mistral_ft.training.trainer import FinetuneTrainer
 from tests.conftest import ROOT, TINY, make_page, read_rows, row, write_jsonl
-from tests.test_distributed import TRAIN, run_folder, together
+from tests.training.test_distributed import TRAIN, run_folder, together
 
 
 def history(run) -> list[dict]:

@@ -21,7 +21,7 @@ from mistral_ft.model.loading import load_base
 from mistral_ft.prediction.decoding import GreedyDecoder
 from mistral_ft.training.preflight import take_over_layers
 from tests.conftest import make_page, read_rows, row, write_jsonl
-from tests.tiny_models import MODELS, write_model
+from tests.helpers.tiny_models import MODELS, write_model
 
 CPU = torch.device("cpu")
 WITH_VISION = {"Small 3.2", "Magistral", "Ministral 3", "Pixtral-12B"}

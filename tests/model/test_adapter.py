@@ -11,8 +11,8 @@ from mistral_ft.errors import UserError
 from mistral_ft.merging.merge import row_blocks
 from mistral_ft.model.adapter import Adapter, LayerUpdate
 from mistral_ft.model.loading import load_base
-from tests.adapters import VARIANTS, make_adapter
 from tests.conftest import TINY
+from tests.helpers.adapters import VARIANTS, make_adapter
 
 CPU = torch.device("cpu")
 

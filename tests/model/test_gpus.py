@@ -22,8 +22,8 @@ from mistral_ft.model.device import pick_device
 from mistral_ft.model.gpus import Card, check_generation, choose_base, nvidia_cards, other_card, use_gpu
 from mistral_ft.model.rounding import FOUR_BITS, FP8
 from mistral_ft.model.size import check_size, too_big, weight_bytes
-from tests.adapters import make_adapter
 from tests.conftest import ROOT, TINY
+from tests.helpers.adapters import make_adapter
 
 A100 = "NVIDIA A100-SXM4-80GB, 81920, 470.57.02"
 FOUND = "NVIDIA A100-SXM4-80GB (80.0 GiB, driver 470.57.02) is here"

@@ -33,7 +33,7 @@ from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.data.records import Record, checked
 from mistral_ft.errors import UserError
 from tests.conftest import TINY
-from tests.conversations import (
+from tests.helpers.conversations import (
     CALL,
     CALL_2,
     CHATS,
@@ -47,7 +47,7 @@ from tests.conversations import (
     thinking,
     user,
 )
-from tests.tiny_models import SENTENCEPIECE, write_sentencepiece, write_tekken
+from tests.helpers.tiny_models import SENTENCEPIECE, write_sentencepiece, write_tekken
 
 X = IGNORE_INDEX
 PAGE = Image.new("RGB", (60, 100))  # 4 rows of 3 tokens of 28 px
