@@ -112,9 +112,7 @@ class UsualRecipe:
         length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128
         trainer.use_packs(self.dataset, [numbers], self.encoder.control.pad, length)
         batch = trainer.data_collator([trainer.train_dataset[0]])
-        del batch["num_tokens"]
-        batch = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-        loss = trainer.compute_loss(self.model, batch)
+        loss = trainer.compute_loss(self.model, batch.to(self.device))
         loss.backward()
         return loss.item(), self.take_gradients()
 

@@ -1,7 +1,8 @@
 """From examples to batches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,52 @@ def _images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"pixel_values": torch.from_numpy(patches), "image_sizes": sizes}
 
 
+@dataclass
+class Batch:
+    """Records laid end to end in one sequence.
+
+    Attributes:
+        input_ids, position_ids, labels: int64 of shape (1, tokens).
+        label_positions: int64 (labels,): the positions whose next token is a label.
+        cu_seq_lens: int32 (records + 1,): where each record starts, and at last the number of tokens.
+        max_length: tokens of the longest record, or more.
+        num_tokens: tokens of records, without those that fill up.
+        pixel_values: float32 (patches, 3 * patch_size**2) of all images; None without any.
+        image_sizes: each image's (height, width) in pixels.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    label_positions: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    max_length: int
+    num_tokens: int
+    pixel_values: torch.Tensor | None = None
+    image_sizes: list[tuple[int, int]] | None = None
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What a model is called with."""
+        names = ["input_ids", "position_ids", "cu_seq_lens", "max_length"]
+        names += ["pixel_values", "image_sizes"] if self.pixel_values is not None else []
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; copies from pinned memory need not be waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory: what a DataLoader calls."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(**{name: change(x) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()})
+
+
 class TrainingCollator:
     """Packs of examples to one sequence, record after record, without padding between them.
 
-    Returns {"input_ids", "position_ids", "labels": int64 (1, tokens), "label_positions": int64 (labels,), the positions
-    whose next token is a label, "cu_seq_lens": int32 (records + 1,), "max_length": int, "num_tokens": int} and, if
-    there is any image, what `RecordDataset` says of "pixel_values" and "image_sizes", all pages joined. Of no packs at
-    all it makes a sequence without labels.
+    Of no packs at all it makes a sequence without labels.
 
     Args:
         pad_id: id that fills up.
@@ -95,7 +135,7 @@ class TrainingCollator:
         self.length = length
         self.max_records = max_records
 
-    def __call__(self, packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    def __call__(self, packs: Sequence[Sequence[dict[str, Any]]]) -> Batch:
         examples = [example for pack in packs for example in pack]
         rows = [(example["input_ids"], example["labels"]) for example in examples]
         num_tokens = sum(len(ids) for ids, _ in rows)
@@ -109,23 +149,23 @@ class TrainingCollator:
             # Records of no tokens: shapes that never change are compiled once.
             bounds = np.pad(bounds, (0, self.max_records + 1 - len(bounds)), mode="edge")
         labels = np.concatenate([labels for _, labels in rows])
-        return {
-            "input_ids": torch.tensor([[number for ids, _ in rows for number in ids]]),
-            "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
-            "labels": torch.from_numpy(labels)[None],
-            "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
-            "cu_seq_lens": torch.from_numpy(bounds.astype(np.int32)),
-            "max_length": self.length or max(lengths),
-            "num_tokens": num_tokens,
+        return Batch(
+            input_ids=torch.tensor([[number for ids, _ in rows for number in ids]]),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+            labels=torch.from_numpy(labels)[None],
+            label_positions=torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
+            cu_seq_lens=torch.from_numpy(bounds.astype(np.int32)),
+            max_length=self.length or max(lengths),
+            num_tokens=num_tokens,
             **_images(examples),
-        }
+        )
 
 
 class PromptCollator:
     """Examples to one batch for generation, padded on the left: it goes on at the right edge.
 
     Returns {"input_ids", "attention_mask": int64 (batch, tokens)} and, if there is any image, "pixel_values" and
-    "image_sizes" as `TrainingCollator` does.
+    "image_sizes" as in `Batch`.
 
     Args:
         pad_id: id that fills up `input_ids`; it carries no attention.
@@ -150,6 +190,6 @@ class GroupCollator:
     def __init__(self, pad_id: int):
         self.collate = TrainingCollator(pad_id)
 
-    def __call__(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, examples: list[dict[str, Any]]) -> list[Batch]:
         lengths = [len(example["input_ids"]) for example in examples]
         return [self.collate([[examples[row] for row in group]]) for group in prompt_groups(lengths)]

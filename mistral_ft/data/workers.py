@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from mistral_ft.data.collators import Batch
 from mistral_ft.errors import UserError
 
 KILLED = "a process that reads pages was killed; is the machine short of memory?"
@@ -35,18 +36,18 @@ class Sending:
     and drop the batch, and the main process would wait for it for ever.
 
     Args:
-        collate: makes a batch, a dict of tensors and plain values.
+        collate: makes a batch.
     """
 
-    def __init__(self, collate: Callable[[Any], dict[str, Any]]):
+    def __init__(self, collate: Callable[[Any], Batch]):
         self.collate = collate
 
-    def __call__(self, examples: Any) -> "dict[str, Any] | InFile":
+    def __call__(self, examples: Any) -> "Batch | InFile":
         batch = self.collate(examples)
         if get_worker_info() is None:
             return batch
         try:
-            for tensor in batch.values():
+            for tensor in vars(batch).values():
                 if isinstance(tensor, torch.Tensor) and tensor.numel():
                     tensor.share_memory_()
         except RuntimeError:
@@ -57,18 +58,18 @@ class Sending:
 class InFile:
     """A batch in a temporary file; where it is received, it is read and the file is removed."""
 
-    def __init__(self, batch: dict[str, Any]):
+    def __init__(self, batch: Batch):
         with tempfile.NamedTemporaryFile(prefix="mistral_ft-", delete=False) as file:
-            torch.save(batch, file)
+            torch.save(vars(batch), file)
         self.path = file.name
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _take, (self.path,)
 
 
-def _take(path: str) -> dict[str, Any]:
+def _take(path: str) -> Batch:
     try:
-        return torch.load(path, weights_only=True)
+        return Batch(**torch.load(path, weights_only=True))
     finally:
         os.unlink(path)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mistral_ft.data.collators import Batch
 from mistral_ft.model.attention import packed_attention
 
 CACHED = "cached"
@@ -101,7 +102,7 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def decode(
-        self, prompts: Sequence[dict[str, Any]], max_new_tokens: int, stopped: Callable[[], bool] = lambda: False
+        self, prompts: Sequence[Batch], max_new_tokens: int, stopped: Callable[[], bool] = lambda: False
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each prompt, the end token included, and their log-probabilities.
 
@@ -109,7 +110,7 @@ class GreedyDecoder:
             prompts: groups of prompts as `TrainingCollator` lays them out; together they are one batch.
             stopped: asked before each token; if it says yes, the answers stay as far as they are.
         """
-        bounds = [prompt["cu_seq_lens"].tolist() for prompt in prompts]
+        bounds = [prompt.cu_seq_lens.tolist() for prompt in prompts]
         lengths = [end - start for bound in bounds for start, end in pairwise(bound)]
         self._prepare(len(lengths), max(lengths) + max_new_tokens)
         self._read_prompts(prompts, lengths)
@@ -147,18 +148,16 @@ class GreedyDecoder:
             self.graph = graph
             self.cache.lengths.zero_()
 
-    def _read_prompts(self, prompts: Sequence[dict[str, Any]], lengths: list[int]) -> None:
+    def _read_prompts(self, prompts: Sequence[Batch], lengths: list[int]) -> None:
         """Fill the cache and find the first token of each answer."""
         first, ends = 0, []
         for prompt in prompts:
-            inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in prompt.items()}
-            counts = inputs["cu_seq_lens"].diff()
+            batch = prompt.to(self.device)
+            counts = batch.cu_seq_lens.diff()
             records = torch.arange(first, first + len(counts), device=self.device)
-            self.cache.write_to = (records.repeat_interleave(counts), inputs["position_ids"][0])
-            for name in ("labels", "label_positions", "num_tokens"):
-                del inputs[name]
-            hidden = self.model.model(**inputs, use_cache=False, cache=self.cache).last_hidden_state
-            ends.append(hidden[0, inputs["cu_seq_lens"][1:] - 1])
+            self.cache.write_to = (records.repeat_interleave(counts), batch.position_ids[0])
+            hidden = self.model.model(**batch.model_inputs(), use_cache=False, cache=self.cache).last_hidden_state
+            ends.append(hidden[0, batch.cu_seq_lens[1:] - 1])
             first += len(counts)
         self.cache.write_to = None
         self.cache.lengths.copy_(torch.tensor(lengths))

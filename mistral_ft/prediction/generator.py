@@ -25,10 +25,8 @@ from mistral_ft.model.attention import PACKED
 from mistral_ft.model.loading import text_model
 from mistral_ft.prediction.decoding import GreedyDecoder, cut_at
 from mistral_ft.prediction.field_confidence import field_confidences, token_ends, value_spans
+from mistral_ft.prediction.losses import label_chunks
 from mistral_ft.prediction.trained_model import ModelFolders
-
-# Tokens of plain text whose logits are there at once: 1 GiB of them with 131,072 ids.
-LABELS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -173,14 +171,9 @@ class Generator:
         """Cross entropy of each id of the pieces, which are read side by side, in nats."""
         examples = [dict(zip(("input_ids", "labels"), self.encoder.frame(ids), strict=True)) for ids in pieces]
         batch = TrainingCollator(self.encoder.control.pad)([[e | {"image_sizes": []} for e in examples]])
-        positions, labels = batch.pop("label_positions"), batch.pop("labels")[0]
-        del batch["num_tokens"]
-        inputs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0, positions.to(self.device)]
-        targets = labels[positions + 1].to(self.device)
         found = [
-            F.cross_entropy(self.model.lm_head(some).float(), wanted, reduction="none")
-            for some, wanted in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+            F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="none")
+            for hidden, labels in label_chunks(self.model, batch.to(self.device))
         ]
         return torch.cat(found).tolist()
 

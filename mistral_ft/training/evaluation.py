@@ -122,10 +122,8 @@ class Evaluator:
         )
         summed, labels = 0.0, 0
         for batch in batches(loader):
-            del batch["num_tokens"]
-            labels += len(batch["label_positions"])
-            inputs = trainer._prepare_inputs(batch)
-            summed += trainer.compute_loss(trainer.model, inputs, num_items_in_batch=1).item()
+            labels += len(batch.label_positions)
+            summed += trainer.compute_loss(trainer.model, batch.to(args.device), num_items_in_batch=1).item()
             progress.update(min(args.per_device_train_batch_size * world_size(), len(packs) - progress.done))
             _check_stop(trainer)
         everyones = gather((summed, labels))

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 
+from mistral_ft.data.collators import Batch
 from mistral_ft.data.dataset import RecordDataset, RecordSize
 from mistral_ft.data.packing import activation_bytes, choose_length, pack, round_up
 from mistral_ft.distributed import gather, world_size
@@ -99,7 +100,7 @@ class Preflight:
         batches: what to try, as the trainer's collator makes it.
     """
 
-    def __init__(self, trainer: FinetuneTrainer, runners: Sequence[LayerRunner], batches: Sequence[dict]):
+    def __init__(self, trainer: FinetuneTrainer, runners: Sequence[LayerRunner], batches: Sequence[Batch]):
         self.trainer, self.runners, self.batches = trainer, runners, batches
         self.device = trainer.args.device
 
@@ -167,12 +168,10 @@ class Preflight:
         print(trial, flush=True)
         return trial
 
-    def _step(self, batch: dict) -> None:
+    def _step(self, batch: Batch) -> None:
         model, optimizer = self.trainer.model, self.trainer.optimizer
-        inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        del inputs["num_tokens"]
         self.trainer.seeds.draw()
-        self.trainer.compute_loss(model, inputs).backward()
+        self.trainer.compute_loss(model, batch.to(self.device)).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 
-from mistral_ft.data.collators import PackBatches, PackedDataset, TrainingCollator
+from mistral_ft.data.collators import Batch, PackBatches, PackedDataset, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.workers import Sending, WorkerLost, start_worker, usable_workers, waiting_for_workers
 from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.folders import ADAPTER_WEIGHTS
 from mistral_ft.model.layers import EmbeddingNoise, Seeds
+from mistral_ft.prediction.losses import label_chunks
 from mistral_ft.status import Status
 from mistral_ft.training import checkpoints
 from mistral_ft.training.callbacks import (
@@ -45,9 +46,6 @@ from mistral_ft.training.evaluation import (
 )
 from mistral_ft.training.run_log import RunLog
 from mistral_ft.training.signals import Stop, Timer
-
-# Labels whose logits are there at once: 1 GiB of them with 131,072 ids. They are computed again in backward.
-LABELS_AT_ONCE = 2048
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
@@ -202,7 +200,7 @@ class FinetuneTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The labels of this step's batches in all processes."""
-        count = sum(len(batch["label_positions"]) for batch in batch_samples)
+        count = sum(len(batch.label_positions) for batch in batch_samples)
         return total(count, device)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -222,8 +220,8 @@ class FinetuneTrainer(Trainer):
         """
         if self._logged_at is None:
             self._logged_at = time.perf_counter()
-        self._tokens += inputs.pop("num_tokens")
-        self.saw_images |= "pixel_values" in inputs
+        self._tokens += inputs.num_tokens
+        self.saw_images |= inputs.pixel_values is not None
         if not self._losses:
             self._random_state = _random_state(self.args.device)
         self.seeds.draw()
@@ -301,24 +299,28 @@ class FinetuneTrainer(Trainer):
             f"{', '.join(named[:8])}{more}; look at them, or lower --learning_rate"
         )
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """The batch on the trainer's device."""
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Trainer's count."""
+        return super().floating_point_ops(inputs.model_inputs())
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy of the labels, summed and divided by the labels of the whole accumulated batch.
 
-        Logits are computed only where the next token has a label: with 131,072 ids they would otherwise be the largest
-        tensor of all. Dividing by all labels, and not by those of each micro-batch, makes the gradient the same however
-        a batch is split: https://github.com/huggingface/transformers/pull/34191
+        Dividing by all labels, and not by those of each micro-batch, makes the gradient the same however a batch is
+        split: https://github.com/huggingface/transformers/pull/34191
         """
-        positions, labels = inputs.pop("label_positions"), inputs.pop("labels")
         core = model.get_base_model()
         if self.noise:
-            self.noise.bounds = inputs["cu_seq_lens"]
-        hidden = core.model(**inputs, use_cache=False).last_hidden_state[0, positions]
-        targets = labels[0, positions + 1]
+            self.noise.bounds = inputs.cu_seq_lens
         summed = sum(
-            checkpoint(_summed_loss, core.lm_head, *chunk, use_reentrant=False)
-            for chunk in zip(hidden.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+            checkpoint(_summed_loss, core.lm_head, *chunk, use_reentrant=False)  # its logits are computed again
+            for chunk in label_chunks(core, inputs)
         )
-        loss = summed / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        loss = summed / (len(inputs.label_positions) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, *args, **kwargs):

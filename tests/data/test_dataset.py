@@ -36,7 +36,9 @@ def fitter():
 
 
 def values(batch):
-    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    """What a batch holds, tensors as lists, without what it does not have."""
+    fields = (batch if isinstance(batch, dict) else vars(batch)).items()
+    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in fields if x is not None}
 
 
 ONE, TWO = example([1, 5, 6], [-100, 5, 6]), example([1, 7], [-100, 7])
@@ -68,6 +70,14 @@ def test_a_packed_sequence_is_filled_up_by_a_record_of_its_own():
     }
 
 
+def test_a_model_is_called_without_labels():
+    batch = TrainingCollator(PAD)([[ONE, TWO]])
+    assert list(batch.model_inputs()) == ["input_ids", "position_ids", "cu_seq_lens", "max_length"]
+    shown = TrainingCollator(PAD)([[example([1], [1], (28, 56))]]).to(torch.device("meta"))
+    assert list(shown.model_inputs())[-2:] == ["pixel_values", "image_sizes"]
+    assert (shown.pixel_values.device.type, shown.image_sizes) == ("meta", [(28, 56)])
+
+
 def test_prompts_are_padded_on_the_left():
     assert values(PromptCollator(PAD)([ONE, TWO])) == {
         "input_ids": [[1, 5, 6], [PAD, 1, 7]],
@@ -75,7 +85,7 @@ def test_prompts_are_padded_on_the_left():
     }
 
 
-@pytest.mark.parametrize("collate", [PromptCollator(PAD), lambda examples: TrainingCollator(PAD)([examples])])
+@pytest.mark.parametrize("collate", [PromptCollator(PAD), lambda examples: vars(TrainingCollator(PAD)([examples]))])
 def test_images_stand_in_the_order_of_their_records(collate):
     batch = collate([example([1], [1], (28, 56), (56, 28)), example([1], [1]), example([1], [1], (28, 28))])
     assert batch["image_sizes"] == [(28, 56), (56, 28), (28, 28)]
@@ -113,9 +123,9 @@ def test_tokens_patches_and_labels_are_counted(pages, encoder, fitter):
     sizes = measure_records(records, encoder, fitter, 1000)
     for number, size in enumerate(sizes):
         batch = TrainingCollator(PAD)([[dataset[number]]])
-        assert size.tokens == batch["num_tokens"] == batch["input_ids"].shape[1]
-        assert size.labels == len(batch["label_positions"])
-        assert size.patches == len(batch.get("pixel_values", ()))
+        assert size.tokens == batch.num_tokens == batch.input_ids.shape[1]
+        assert size.labels == len(batch.label_positions)
+        assert size.patches == (0 if batch.pixel_values is None else len(batch.pixel_values))
     assert [size.patches for size in sizes[:7]] == [32, 24, 24, 32, 24, 48, 0]
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from mistral_ft.data import dataset as data
 from mistral_ft.data import workers
+from mistral_ft.data.collators import Batch, PackedDataset
 from mistral_ft.data.workers import KILLED, Sending, usable_workers
 from mistral_ft.prediction import generator as generation
 from mistral_ft.status import read_status
@@ -23,12 +24,13 @@ from tests.conftest import TINY, read_rows
 
 
 def test_a_batch_goes_through_shared_memory_or_a_file(monkeypatch):
-    batch = {"input_ids": torch.arange(6)[None], "bounds": torch.zeros(0), "max_length": 6, "image_sizes": [(28, 56)]}
-    send = Sending(lambda examples: dict(batch))
-    assert send([]) == batch
-    assert not batch["input_ids"].is_shared()  # no worker, nothing to send
+    ids, none = torch.arange(6)[None], torch.zeros(0, dtype=torch.int64)
+    batch = Batch(ids, ids + 1, ids + 2, none, torch.tensor([0, 6]), 6, 5, torch.ones(8, 588), [(28, 56)])
+    send = Sending(lambda examples: batch)
+    assert send([]) is batch
+    assert not batch.input_ids.is_shared()  # no worker, nothing to send
     monkeypatch.setattr(workers, "get_worker_info", lambda: True)
-    assert send([])["input_ids"].is_shared()
+    assert send([]).input_ids.is_shared()
 
     def full(self):
         raise RuntimeError(
@@ -40,8 +42,10 @@ def test_a_batch_goes_through_shared_memory_or_a_file(monkeypatch):
     assert os.path.getsize(sent.path) > 0
     got = pickle.loads(ForkingPickler.dumps(sent))
     assert not os.path.exists(sent.path)
-    assert (got["max_length"], got["image_sizes"], got["bounds"].shape) == (6, [(28, 56)], (0,))
-    assert torch.equal(got["input_ids"], torch.arange(6)[None])
+    assert list(vars(got)) == list(vars(batch))
+    for name, value in vars(batch).items():
+        received = getattr(got, name)
+        assert torch.equal(received, value) if isinstance(value, torch.Tensor) else received == value
 
 
 def test_where_shared_memory_is_full_the_same_is_learned(command, run_cli, monkeypatch):
@@ -133,8 +137,8 @@ def dies_in_a_worker(original):
 def test_a_worker_killed_in_an_evaluation(command, run_cli, monkeypatch, pages):
     from mistral_ft.training import evaluation
 
-    class Dies(data.PackedDataset):
-        __getitem__ = dies_in_a_worker(data.PackedDataset.__getitem__)
+    class Dies(PackedDataset):
+        __getitem__ = dies_in_a_worker(PackedDataset.__getitem__)
 
     monkeypatch.setattr(evaluation, "PackedDataset", Dies)
     code, _, err = run_cli(*command, "--eval_dataset", pages / "train.jsonl", "--eval_steps", 3)

@@ -74,12 +74,8 @@ def packed_logits(base, dataset, numbers) -> list[torch.Tensor]:
     model.get_base_model = lambda: model
     take_over_layers(model, compiled=False, packing=True)
     batch = TrainingCollator(dataset.encoder.control.pad, length=1024)([[dataset[k] for k in numbers]])
-    bounds = batch["cu_seq_lens"].tolist()
-    inputs = {
-        name: x.to(GPU) if isinstance(x, torch.Tensor) else x
-        for name, x in batch.items()
-        if name not in ("labels", "label_positions", "num_tokens")
-    }
+    bounds = batch.cu_seq_lens.tolist()
+    inputs = batch.to(GPU).model_inputs()
     with torch.no_grad():
         logits = model.lm_head(model.model(**inputs, use_cache=False).last_hidden_state[0])
     return [logits[start:end].float().cpu() for start, end in list(pairwise(bounds))[: len(numbers)]]

@@ -10,13 +10,14 @@ import signal
 import sys
 import time
 
-from mistral_ft import errors
+from mistral_ft.cli import run_step
+from mistral_ft.errors import UserError
 from mistral_ft.training import trainer as training
 
 
 def happen(fault: str) -> None:
     if fault == "error":
-        raise errors.UserError("page 7 is gone")
+        raise UserError("page 7 is gone")
     if fault == "bug":
         raise KeyError("a bug")
     if fault == "hang":
@@ -39,7 +40,7 @@ def main() -> None:
     import train
 
     sys.argv = ["train.py", *sys.argv[4:]]
-    errors.run_step(train.main)
+    run_step(train.main)
 
 
 if __name__ == "__main__":

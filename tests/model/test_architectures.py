@@ -82,11 +82,9 @@ def test_packed_records_give_the_logits_of_transformers(base, data):
     take_over_layers(model, compiled=False, packing=True)
     numbers = [4, 0, 2]
     batch = TrainingCollator(encoder.control.pad, length=700)([[dataset[k] for k in numbers]])
-    bounds = batch["cu_seq_lens"].tolist()
-    for name in ("labels", "label_positions", "num_tokens"):
-        del batch[name]
+    bounds = batch.cu_seq_lens.tolist()
     with torch.no_grad():
-        logits = model.lm_head(model.model(**batch, use_cache=False).last_hidden_state[0])
+        logits = model.lm_head(model.model(**batch.model_inputs(), use_cache=False).last_hidden_state[0])
     for k, start, end in zip(numbers, bounds, bounds[1:], strict=False):
         torch.testing.assert_close(logits[start:end], reference_logits(base, dataset, k), atol=2e-4, rtol=1e-3)
 

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit, modules
 from torch import nn
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
-from mistral_ft.model import loading as model_module
+from mistral_ft.model import rounding as rounding_module
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.layers import LoraLinear
 from mistral_ft.model.loading import load_base
@@ -168,7 +168,7 @@ def test_a_copy_in_4_bits_is_taken_as_it_is(base, few_pages, train_tiny, run_cli
 
 
 def test_without_bitsandbytes_the_way_to_get_it_is_said(base, few_pages, run_cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rounding_module.importlib.util, "find_spec", lambda name: None)
     code, _, err = run_cli("train", "--dataset", few_pages, "--model_id", base, "--load_in_4bit", "True")
     assert (code, err) == (2, "error: 4-bit weights need bitsandbytes: pip install -r requirements-4bit.txt\n")
     code, _, err = run_cli("predict", few_pages, base, "--load_in_4bit")

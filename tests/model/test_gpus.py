@@ -16,8 +16,8 @@ from transformers import MistralConfig
 
 from bench.random_24b import config_24b
 from mistral_ft.errors import UserError
+from mistral_ft.model import device as device_module
 from mistral_ft.model import gpus as cards
-from mistral_ft.model import loading as model_module
 from mistral_ft.model.device import pick_device
 from mistral_ft.model.gpus import Card, check_generation, choose_base, nvidia_cards, other_card, use_gpu
 from mistral_ft.model.rounding import FOUR_BITS, FP8
@@ -429,7 +429,7 @@ def test_steps_refuse_what_does_not_go_onto_the_card(
     gpus(6 * GIB)
     # The rest of the machine is a CPU: only where to load to is the card.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(model_module, "pick_device", lambda *args, **kwargs: CARD)
+    monkeypatch.setattr(device_module, "pick_device", lambda *args, **kwargs: CARD)
     data = pages / "train.jsonl"
     command = {
         "train": ["--model_id", seven_b, "--dataset", data, "--output_dir", tmp_path / "output"],
@@ -441,7 +441,7 @@ def test_steps_refuse_what_does_not_go_onto_the_card(
 def test_merge_refuses_what_it_could_not_compare_before_it_merges(gpus, monkeypatch, run_cli, pages, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     gpus(10 * 2**20)
-    monkeypatch.setattr(model_module, "pick_device", lambda: CARD)
+    monkeypatch.setattr(device_module, "pick_device", lambda: CARD)
     code, out, err = run_cli(
         "merge_lora_weights", adapter, tmp_path / "merged", "--compare_on", pages / "train.jsonl"
     )  # fmt: skip

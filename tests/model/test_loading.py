@@ -15,7 +15,7 @@ from mistral_ft.data.pages import open_image
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from mistral_ft.model import loading as model_module
+from mistral_ft.model import vision
 from mistral_ft.model.device import pick_device
 from mistral_ft.model.loading import load_base
 from mistral_ft.model.vision import patch_positions
@@ -57,7 +57,7 @@ def dataset(pages):
 
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
 def test_image_features_equal_those_of_transformers(model, reference, pixels, patches, monkeypatch, at_once):
-    monkeypatch.setattr(model_module, "MAX_TOWER_PATCHES", at_once)
+    monkeypatch.setattr(vision, "MAX_TOWER_PATCHES", at_once)
     ours = model.model.get_image_features(patches, SIZES).pooler_output
     theirs = reference.model.get_image_features(pixels, torch.tensor(SIZES)).pooler_output
     assert [page.shape for page in ours] == [(20, HIDDEN), (6, HIDDEN), (20, HIDDEN), (1, HIDDEN)]

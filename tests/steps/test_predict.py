@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from mistral_ft.data import packing
 from mistral_ft.data.collators import PromptCollator, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.image_fitter import ImageFitter
@@ -20,7 +21,6 @@ from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.loading import load_base
-from mistral_ft.prediction import decoding
 from mistral_ft.prediction.batch_plan import plan_batches
 from mistral_ft.prediction.decoding import GreedyDecoder
 from mistral_ft.prediction.generator import PREDICTED
@@ -322,5 +322,5 @@ def test_the_greedy_decoder_takes_the_likeliest_token_each_time(pages):
 
 
 def test_prompts_are_read_in_groups(monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_PROMPT_TOKENS", 10)
+    monkeypatch.setattr(packing, "MAX_PROMPT_TOKENS", 10)
     assert list(prompt_groups([4, 6, 1, 20, 3])) == [[0, 1], [2], [3], [4]]

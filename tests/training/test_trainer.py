@@ -19,8 +19,8 @@ from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model.layers import EmbeddingNoise, LoraLinear, hashed_dropout
 from mistral_ft.model.loading import load_base
+from mistral_ft.prediction import losses
 from mistral_ft.training import run_folder
-from mistral_ft.training import trainer as training
 from mistral_ft.training.arguments import LoraArguments, SpeedArguments
 from mistral_ft.training.evaluation import Evaluator
 from mistral_ft.training.new_adapter import add_adapter, target_modules
@@ -61,7 +61,6 @@ def loss_and_gradients(trainer, packs):
     """What the trainer makes of these records, laid out as they are told."""
     trainer.model.zero_grad()
     batch = trainer.data_collator([[trainer.train_dataset.dataset[number] for number in numbers] for numbers in packs])
-    del batch["num_tokens"]
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -197,26 +196,24 @@ def test_noise_is_that_of_each_record_by_itself():
 def test_losses_of_many_labels_are_summed_in_parts(make_trainer, monkeypatch):
     trainer = make_trainer()
     whole = loss_and_gradients(trainer, [ROWS])
-    monkeypatch.setattr(training, "LABELS_AT_ONCE", 3)
+    monkeypatch.setattr(losses, "LABELS_AT_ONCE", 3)
     assert_same(loss_and_gradients(trainer, [ROWS]), whole, relative=1e-5)
 
 
 def test_the_fill_carries_no_loss(make_trainer):
     trainer = make_trainer(speed=SpeedArguments(pack_length=400))
     batch = trainer.data_collator([[trainer.train_dataset.dataset[number] for number in ROWS]])
-    tokens = batch.pop("num_tokens")
-    before = trainer.compute_loss(trainer.model, dict(batch)).item()
-    batch["input_ids"][0, tokens:] = 77
-    assert trainer.compute_loss(trainer.model, dict(batch)).item() == before
+    before = trainer.compute_loss(trainer.model, batch).item()
+    batch.input_ids[0, batch.num_tokens :] = 77
+    assert trainer.compute_loss(trainer.model, batch).item() == before
 
 
 def test_a_loss_is_divided_by_the_labels_of_the_accumulated_batch(make_trainer):
     trainer = make_trainer()
     batch = trainer.data_collator([[trainer.train_dataset.dataset[0]]])
-    del batch["num_tokens"]
-    labels = len(batch["label_positions"])
-    alone = trainer.compute_loss(trainer.model, dict(batch)).item()
-    assert trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=4 * labels).item() == alone / 4
+    labels = len(batch.label_positions)
+    alone = trainer.compute_loss(trainer.model, batch).item()
+    assert trainer.compute_loss(trainer.model, batch, num_items_in_batch=4 * labels).item() == alone / 4
 
 
 def test_dropout_drops_its_share_and_is_drawn_anew():
