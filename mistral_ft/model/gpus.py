@@ -31,7 +31,7 @@ LEAST_AMD_GIB = 8
 
 EMBEDDED = "models/tiny"
 LEAST_GIB = 70  # of a card on which run.sh trains the 24B in bf16
-LEAST_GIB_IN_4_BITS = 20  # training takes 17.6 with all layers computed twice (README.md)
+LEAST_GIB_IN_4_BITS = 20  # training takes 17.6 with all layers computed twice (docs/measured.md)
 
 ON_CPU = "to compute on the CPU on purpose, put CUDA_VISIBLE_DEVICES= in front of the command"
 

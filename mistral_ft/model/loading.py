@@ -1,4 +1,4 @@
-"""Loading models, and a vision path that costs what the pages cost."""
+"""Loading models: which architectures there are, and whether a folder holds one of them."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answering records: which folders, which batches, and the model at work."""
+"""Answering records, and reading plain text: the loaded model at work."""
 
 import itertools
 import os

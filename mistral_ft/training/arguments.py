@@ -1,4 +1,4 @@
-"""The arguments of train that are ours. transformers' TrainingArguments come on top (see training.py)."""
+"""The arguments of train that are ours. transformers' TrainingArguments come on top (see training_arguments.py)."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""What differs between the versions of Mistral's prompt, as data: `prompt` and the chat template are written from it.
+"""What differs between the versions of Mistral's prompt, as data: `encoder.py` and the template are written from it.
 
 Source: mistral-common's `InstructTokenizerV1` to `V13` and its request normalizers, which the tests hold every version
 against. All versions share the frame
