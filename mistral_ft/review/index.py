@@ -6,7 +6,6 @@ has no name. The index follows the file while it grows.
 """
 
 import contextlib
-import functools
 import math
 import mmap
 import os
@@ -15,7 +14,7 @@ import tempfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -23,10 +22,11 @@ from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
 from mistral_ft.data.row_keys import key_of
 from mistral_ft.data.rows import parse_line
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.metrics import answer_of, fold, grade
 from mistral_ft.scoring.mistakes import kind_of
-from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, Options, slice_of
+from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, slice_of
 
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 64 << 20  # bytes; a longer line is listed as bad, not read
@@ -183,7 +183,7 @@ def _skip_line_end(file: IO[bytes], start: int) -> int:
     return start
 
 
-def measure(row: dict[str, Any]) -> tuple[tuple[int, int, float, float, int], dict[str, str]]:
+def measure(row: JsonObject) -> tuple[tuple[int, int, float, float, int], dict[str, str]]:
     """What the index knows of a row.
 
     Returns:
@@ -204,24 +204,19 @@ def measure(row: dict[str, Any]) -> tuple[tuple[int, int, float, float, int], di
         characters = len(expected)
         if not graded.hit:
             values.setdefault("mistake", kind_of(row, graded))
-        values.setdefault("answer_length", slice_of(row, _slicing("answer_length")))
+        values.setdefault("answer_length", slice_of(row, "answer_length", Path()))
     return (state, -1, cer, math.nan if confidence is None else confidence, characters), values
 
 
-def _add_values(values: dict[str, str], name: str, value: Any, depth: int = 3) -> None:
+def _add_values(values: dict[str, str], name: str, value: Json, depth: int = 3) -> None:
     if isinstance(value, dict) and depth:
         for key, inner in value.items():
             _add_values(values, f"{name}.{key}", inner, depth - 1)
     elif value is not None:
-        values[name] = slice_of({name: value}, _slicing(name))
+        values[name] = slice_of({name: value}, name, Path())
 
 
-@functools.lru_cache(MOST_FIELDS)
-def _slicing(name: str) -> Options:
-    return Options(by=name)
-
-
-def searchable(row: dict[str, Any]) -> str:
+def searchable(row: JsonObject) -> str:
     """All text of a row in one line, folded: capitals, runs of white space and Unicode forms do not count."""
     texts: list[str] = []
     for name, value in row.items():
@@ -230,7 +225,7 @@ def searchable(row: dict[str, Any]) -> str:
     return fold("\x1f".join(texts))
 
 
-def _collect(value: Any, texts: list[str]) -> None:
+def _collect(value: Json, texts: list[str]) -> None:
     if isinstance(value, str):
         texts += [] if is_data_url(value) else [value]
     elif isinstance(value, dict):
@@ -336,7 +331,7 @@ class RowIndex:
         self.end, self.tail = part.end, part.tail
         return range(start, self.count)
 
-    def read(self, row: int) -> dict[str, Any]:
+    def read(self, row: int) -> JsonObject:
         """A row as predict writes it: question and answer of a chat apart, columns as messages; as it stands if bad.
 
         Raises:
@@ -359,7 +354,7 @@ class RowIndex:
         before = int((identities[:row] == identities[row]).sum())
         return f"{int(identities[row]) & (1 << 64) - 1:016x}" + (f"-{before}" if before else "")
 
-    def update(self, row: int, data: dict[str, Any], state: int, other_hit: int) -> None:
+    def update(self, row: int, data: JsonObject, state: int, other_hit: int) -> None:
         """Measure a row again that was corrected.
 
         Args:
