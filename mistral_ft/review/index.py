@@ -14,7 +14,7 @@ import tempfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -117,8 +117,11 @@ def index_part(path: Path, start: int, stop: int) -> Part:
 
     The file's last line, if it has no line end and is no record, is left for later: it may be half written.
     """
-    found, texts, sizes, columns = [], [], [], {}
-    bad, bad_count, lines, tail = [], 0, 0, None
+    found: list[tuple[float, ...]] = []  # as `ROW`
+    texts: list[bytes] = []
+    columns: dict[str, Column] = {}
+    bad: list[tuple[int, str]] = []
+    bad_count, lines, tail = 0, 0, None
     unwrap = path.suffix == ".partial"
     with open(path, "rb") as file:
         position = _skip_line_end(file, start)
@@ -152,13 +155,12 @@ def index_part(path: Path, start: int, stop: int) -> Part:
                         columns[name].set(len(found), value)
                 found.append(entry)
                 texts.append(text.encode(errors="replace"))
-                sizes.append(len(texts[-1]) + 1)
             position += length
     for column in columns.values():
         column.pad(len(found))
-    offsets = np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, np.int64)
-    text = b"".join(text + b"\n" for text in texts)
-    return Part(np.array(found, ROW), text, offsets, columns, position, lines, bad, bad_count, tail)
+    offsets = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])]) if texts else np.zeros(0, np.int64)
+    joined = b"".join(text + b"\n" for text in texts)
+    return Part(np.array(found, ROW), joined, offsets, columns, position, lines, bad, bad_count, tail)
 
 
 def line_starts(path: Path, start: int, end: int) -> list[int]:
@@ -183,12 +185,22 @@ def _skip_line_end(file: IO[bytes], start: int) -> int:
     return start
 
 
-def measure(row: JsonObject) -> tuple[tuple[int, int, float, float, int], dict[str, str]]:
+class Measures(NamedTuple):
+    """The last fields of `ROW`; NaN for what a row has not, -1 for no other file."""
+
+    state: int
+    other_hit: int
+    cer: float
+    confidence: float
+    characters: int
+
+
+def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
     """What the index knows of a row.
 
     Returns:
-        (state, other_hit, cer, confidence, characters), with NaN for what the row has not and -1 for no other file; and
-        the values it can be filtered by: its own fields, dots for nested ones, and those in `COMPUTED`.
+        Its measures, and the values it can be filtered by: its own fields, dots for nested ones, and those in
+        `COMPUTED`.
     """
     answer, expected, confidence = answer_of(row), row.get("expected"), confidence_of(row)
     state = FAILED * (row.get("error") is not None) | ANSWERED * (answer is not None)
@@ -205,7 +217,7 @@ def measure(row: JsonObject) -> tuple[tuple[int, int, float, float, int], dict[s
         if not graded.hit:
             values.setdefault("mistake", kind_of(row, graded))
         values.setdefault("answer_length", slice_of(row, "answer_length", Path()))
-    return (state, -1, cer, math.nan if confidence is None else confidence, characters), values
+    return Measures(state, -1, cer, math.nan if confidence is None else confidence, characters), values
 
 
 def _add_values(values: dict[str, str], name: str, value: Json, depth: int = 3) -> None:
@@ -256,7 +268,6 @@ class RowIndex:
     def __init__(self, path: str | os.PathLike):
         self.wanted = Path(path)
         self.generation = 0
-        self._text = None
         self.restart()
 
     def restart(self) -> None:
@@ -268,13 +279,14 @@ class RowIndex:
         partial = Path(f"{self.wanted}.partial")
         path = partial if not self.wanted.exists() and partial.exists() else self.wanted
         file = open(path, "rb")  # noqa: SIM115 - kept open for reading rows
-        if self._text:
+        if self.generation:
             self.close()
         self.path, self._file = path, file
         self.generation += 1
-        self._rows, self.count = np.zeros(1024, ROW), 0
-        self._text_offsets = np.zeros(1024, np.int64)
-        self._text, self._text_size = tempfile.TemporaryFile(), 0  # noqa: SIM115 - as is this one
+        self._rows: np.ndarray = np.zeros(1024, ROW)
+        self._text_offsets: np.ndarray = np.zeros(1024, np.int64)
+        self._text = tempfile.TemporaryFile()  # noqa: SIM115 - as is this one
+        self.count = self._text_size = 0
         self._changed_text: dict[int, str] = {}
         self.columns: dict[str, Column] = {}
         self.bad: list[tuple[int, str]] = []
@@ -361,10 +373,10 @@ class RowIndex:
             data: the row with its corrections.
             state: of REVIEWED, EDITED and FLAGGED those that hold.
         """
-        (measured, _, cer, confidence, characters), values = measure(data)
+        measured, values = measure(data)
         entry = self._rows[row]
-        entry["state"], entry["other_hit"] = measured | state, other_hit
-        entry["cer"], entry["confidence"], entry["characters"] = cer, confidence, characters
+        entry["state"], entry["other_hit"] = measured.state | state, other_hit
+        entry["cer"], entry["confidence"], entry["characters"] = measured[2:]
         for name in COMPUTED:
             if name in self.columns or name in values:
                 self.columns.setdefault(name, Column()).set(row, values.get(name, NO_VALUE))
