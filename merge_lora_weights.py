@@ -8,6 +8,7 @@ adapter's change is added in fp32 and rounded once. Every tensor is read again a
 gets its name. No GPU is needed, and memory for one tensor's rows only.
 """
 
+import argparse
 from pathlib import Path
 
 from mistral_ft.cli import ArgumentParser, run_step
@@ -16,7 +17,7 @@ from mistral_ft.files import check_new_folder
 from mistral_ft.folders import locate
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m merge_lora_weights", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", help="adapter: a run in output/, or the path of its folder")
     parser.add_argument("output_dir", type=Path, help="folder to make; it must not exist or be empty")
@@ -75,7 +76,7 @@ def main() -> None:
     quiet_libraries()
     scores = card_scores(args.predictions) if args.predictions else None
     records = read_records([args.compare_on], args.images_dir)[: args.limit or 16] if args.compare_on else []
-    device = pick_device() if records else None
+    device = pick_device() if records else None  # None: nothing is compared
 
     # 2. The adapter, the base, and which tensor of the base each of its updates belongs to.
     adapter = Adapter(folder)
@@ -85,7 +86,7 @@ def main() -> None:
         print(note)
     shards = read_checkpoint(base)
     updates = match_updates(adapter, base, shards)
-    if records:
+    if device is not None:
         from mistral_ft.merging.comparison import MergeComparer
 
         check_size(base_model, base, device)
@@ -108,7 +109,7 @@ def main() -> None:
     )
 
     # 4. The same answers as with the adapter unmerged?
-    if records:
+    if device is not None:
         comparison = comparer.run(args.output_dir, device)
         comparison.print(args.compare_on)
 

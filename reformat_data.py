@@ -8,6 +8,7 @@ and file: URLs become files in <name>-images/ beside OUT; other image paths stay
 converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
 """
 
+import argparse
 import contextlib
 import hashlib
 import itertools
@@ -16,7 +17,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.embedded_images import ImageFolder
@@ -27,14 +27,14 @@ from mistral_ft.data.references import resolve
 from mistral_ft.data.rows import RowSource, data_files, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.files import atomic_write, check_target
+from mistral_ft.files import Json, JsonObject, atomic_write, check_target
 from mistral_ft.progress import Progress
 
 FIRST_ROWS = 100  # that the format is told by
 LINES_SHOWN = 5  # of the rows left out for one reason
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m reformat_data", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "input", metavar="IN", type=Path, help="JSONL, one JSON array, parquet, a folder or hub id of `datasets`"
@@ -80,7 +80,7 @@ def parse_arguments():
     return args
 
 
-def find_targets(args) -> list[Path]:
+def find_targets(args: argparse.Namespace) -> list[Path]:
     """The files to write, which must be none that is there."""
     names = [f"{args.output.stem}.{part}.jsonl" for part in ("train", "test")]
     targets = [args.output] if args.split is None else [args.output.with_name(name) for name in names]
@@ -92,20 +92,21 @@ def find_targets(args) -> list[Path]:
     return targets
 
 
-def has_value(row: dict[str, Any], field: str, value: str) -> bool:
+def has_value(row: JsonObject, field: str, value: str) -> bool:
     """Whether a field, a.b for nested ones, has a value as the command line spells it."""
     found = look_up(row, field)
     return found == value if isinstance(found, str) else found is not None and json.dumps(found) == value
 
 
-def look_up(row: dict[str, Any], field: str) -> Any:
+def look_up(row: JsonObject, field: str) -> Json:
     """A field's value, a.b for nested ones; None if there is none."""
+    value: Json = row
     for name in field.split("."):
-        row = row.get(name) if isinstance(row, dict) else None
-    return row
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
-def find_format(path: Path, rows: list[tuple[int, dict[str, Any]]], columns: dict[str, str] | None) -> str:
+def find_format(path: Path, rows: list[tuple[int, JsonObject]], columns: dict[str, str] | None) -> str:
     """The format that all of the first rows may have; those of no known format are reported later, by line.
 
     Raises:
@@ -136,7 +137,7 @@ def check_format(path: Path, line: int, possible: list[str], form: str) -> None:
         )
 
 
-def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str]) -> list[str]:
+def page_keys(record: JsonObject, images: list[str], hashes: dict[str, str]) -> list[str]:
     """What makes a record show the same page as another: its images' contents, without images its messages.
 
     Raises:
@@ -155,7 +156,7 @@ def page_keys(record: dict[str, Any], images: list[str], hashes: dict[str, str])
     ]
 
 
-def group_key(row: dict[str, Any], group: str | None) -> list[str]:
+def group_key(row: JsonObject, group: str | None) -> list[str]:
     """The value that --group keeps together; raises ValueError if a row has none."""
     if group is None:
         return []
@@ -188,7 +189,7 @@ class Rows:
         """How many rows were read, good and bad."""
         return self.count + len(self.unreadable)
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, JsonObject]]:
         for number, row in self._rows:
             self.count += 1
             if all(has_value(row, field, value) for field, value in self._where):
@@ -200,7 +201,7 @@ class Rows:
 class Reasons:
     """Why rows or fields were left out, counted by reason."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lines: dict[str, tuple[str, list[int]]] = {}
 
     def add(self, reason: str, line: int) -> None:
@@ -244,7 +245,8 @@ def main() -> None:
     print(f"{args.input}: rows of format {form}{', by its first rows' if args.format == 'auto' else ''}")
 
     # 3. Record by record. The files get their names at the end, if nothing went wrong.
-    dropped, fields, splitter, hashes = Reasons(), Reasons(), Splitter(), {}
+    dropped, fields, splitter = Reasons(), Reasons(), Splitter()
+    hashes: dict[str, str] = {}
     split, relative, written, sizes = args.split is not None, False, 0, []
     with contextlib.ExitStack() as files:
         embedded = files.enter_context(ImageFolder(output_dir / f"{args.output.stem}-images"))
@@ -262,10 +264,11 @@ def main() -> None:
             images_before = embedded.count
             try:
                 record, left_out = convert(row, form, args.columns)
+                messages = record.get("messages", [])
                 record = {"id": f"{args.input.stem}-{line}"} | record
-                taken = embedded.take(record.get("messages", []))
+                taken = embedded.take(messages)
                 check_record(record)
-                images = image_blocks(record.get("messages", []))
+                images = image_blocks(messages)
                 if split:
                     paths = [resolve(image, output_dir if image in taken else images_dir) for image in images]
                     splitter.add(page_keys(record, paths, hashes) + group_key(row, args.group))
@@ -285,8 +288,8 @@ def main() -> None:
             written += 1
             if written == args.limit:
                 break
-        for error in rows.unreadable:
-            dropped.add(error.reason, error.line)
+        for fault in rows.unreadable:
+            dropped.add(fault.reason, fault.line)
         if not written:
             raise UserError(f"{args.input}: nothing to write, all rows were left out; row {dropped.first()}")
 

@@ -10,6 +10,7 @@ count as wrong; rows without `expected` cannot be scored and are left out; both 
 are scored by perplexity instead.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -25,7 +26,7 @@ TARGET = 0.99
 EXAMPLES = 60  # wrong rows shown in the report, drawn by lot if there are more
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m score", description=__doc__.split("\n\n")[0])
     parser.add_argument("file", help="predictions: JSONL with `expected` and `actual`")
     parser.add_argument("-e", "--errors", metavar="FILE", help="write the wrong records to FILE")
@@ -62,7 +63,7 @@ def parse_arguments():
     return args
 
 
-def main() -> int | None:
+def main() -> int:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
     from mistral_ft.scoring import text as output
@@ -101,8 +102,8 @@ def main() -> int | None:
 
             before = score_file(args.compare, pairing)
             if score.texts.lines:
-                found = compare_texts(before.texts, score.texts, (args.compare, args.file))
-                text_comparison = {"other": args.compare} | found
+                texts = compare_texts(before.texts, score.texts, (args.compare, args.file))
+                text_comparison = {"other": args.compare} | texts
         if args.compare and score.totals.count:
             found = compare(before, score, (args.compare, args.file))
             comparison = describe_comparison(found, args.file, args.compare)
@@ -123,8 +124,8 @@ def main() -> int | None:
         if args.report:
             from mistral_ft.scoring.report import report
 
-            examples = sorted(score.mistakes.examples, key=lambda example: example[1])  # by line
-            page = report(result, args.file, args.normalize, [shown for _, _, shown in examples])
+            examples = sorted(score.mistakes.examples, key=lambda example: example.line)
+            page = report(result, args.file, args.normalize, [example.shown for example in examples])
             files.enter_context(atomic_write(args.report)).write(page)
 
     if args.json:
@@ -133,7 +134,7 @@ def main() -> int | None:
         output.print_text(result, args.normalize)
         if args.errors:
             print(f"{result['count'] - result['hits']} wrong records in {args.errors}")
-        if args.broken:
+        if comparison and args.broken:
             print(f"{len(comparison['broken'])} broken records in {args.broken}")
         if args.report:
             print(f"Report in {args.report}")
@@ -141,6 +142,7 @@ def main() -> int | None:
     if args.fail_under is not None and result["accuracy"] < args.fail_under:
         print(f"The accuracy is below --fail_under {args.fail_under:g}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

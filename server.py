@@ -6,6 +6,7 @@ The file itself is never touched. Every decision is written at once to <jsonl>.r
 of both that train takes. A file that predict is still writing is followed. UI.md says how to work with it.
 """
 
+import argparse
 import secrets
 import socket
 import sys
@@ -16,7 +17,7 @@ from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m server", description=__doc__.split("\n\n")[0])
     parser.add_argument("file", help="JSONL file of records, with `actual` or without")
     parser.add_argument("-i", "--images_dir", help="folder that image paths are relative to (default: the file's own)")

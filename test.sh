@@ -7,8 +7,8 @@ case ${1:-} in
     cat <<'END'
 usage: ./test.sh [pytest's arguments]
 
-Checks the code with ruff and runs the fast tests. Makes .venv and installs the pinned packages on first use; PYTHON
-names the Python for it, 3.10 to 3.14 (default: python3).
+Checks the code with ruff, its types with mypy, and runs the fast tests. Makes .venv and installs the pinned packages on
+first use; PYTHON names the Python for it, 3.10 to 3.14 (default: python3).
 
   ./test.sh -m slow                  the tests that take minutes
   ./test.sh -m gpu                   those that need a GPU
@@ -23,5 +23,6 @@ set_up .installed-dev requirements-dev.txt requirements.txt requirements-4bit.tx
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
+.venv/bin/mypy
 # One thread for each of the two workers: more than there are cores wait for each other.
 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 "$@"

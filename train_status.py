@@ -7,6 +7,7 @@ run's process is no more. The exit code is 0 while it runs and when it is done, 
 2 if there is no such run: train leaves none that failed without a checkpoint. With --wait it returns when the run ends.
 """
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -15,11 +16,12 @@ from tqdm import tqdm
 
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 from mistral_ft.folders import locate
 from mistral_ft.status import RUNNING, STATUS_FILE, read_status
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train_status", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="a run in output/, or the path of its folder")
     parser.add_argument("--json", action="store_true", help="print the status as JSON")
@@ -27,7 +29,7 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def describe(status: dict) -> str:
+def describe(status: JsonObject) -> str:
     """A status as one line."""
     parts = [status["state"]]
     if "step" in status:

@@ -9,6 +9,7 @@ are too long, which answers the tokenizer does not give back, what size pages ar
 Exit code: 1 if anything is fatal, else 0; 2 if there was nothing to check.
 """
 
+import argparse
 import contextlib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.files import atomic_write, check_target
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m validate_data", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="records to train on, all with `expected`")
     parser.add_argument(
@@ -66,7 +67,7 @@ def main() -> int | None:
     from mistral_ft.data.records import find_images_dir
     from mistral_ft.folders import find_prompt_folders, locate
     from mistral_ft.progress import Progress
-    from mistral_ft.validation.checker import Source, check_files, describe, mark_trained
+    from mistral_ft.validation.checker import CheckedRow, Source, check_files, describe, mark_trained
     from mistral_ft.validation.estimate import describe_training, is_measured
     from mistral_ft.validation.tally import Examples, Tally
 
@@ -84,21 +85,22 @@ def main() -> int | None:
         encoder, fitter = PromptEncoder.from_folder(folders[0]), ImageFitter.from_folder(folders[1])
 
     # 3. Row by row, on all cores.
-    tally, examples, shown, kept = Tally(sources), Examples(), [], 0
+    tally, examples, kept = Tally(sources), Examples(), 0
+    shown: list[CheckedRow] = []
     with contextlib.ExitStack() as files:
         clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
         rows = files.enter_context(contextlib.closing(check_files(sources, folders, args.max_seq_length or 32768)))
-        for source, line, raw, checked in rows:
-            problems = tally.add(source, line, checked)
+        for row in rows:
+            problems = tally.add(row)
             for problem in problems:
-                Progress.print(describe(f"{source.path}:{line}", problem))
-                examples.add(f"{source.path}:{line}", problem)
+                Progress.print(describe(row.place, problem))
+                examples.add(row.place, problem)
             if any(problem.kind.fatal for problem in problems):
                 continue
             if len(shown) < args.show:
-                shown.append((source, line, raw))
-            if clean and not source.is_eval:
-                clean.write(raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n")
+                shown.append(row)
+            if clean and not row.source.is_eval:
+                clean.write(row.raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n")
                 kept += 1
 
     # 4. Row against row: duplicates, pages that training and --eval share, formats.
@@ -107,8 +109,9 @@ def main() -> int | None:
         examples.add(place, problem)
 
     # 5. What it comes to.
-    for source, line, raw in shown:
-        print(f"{source.path}:{line}: {mark_trained(encoder, fitter, raw, source)}")
+    if encoder:
+        for row in shown:
+            print(f"{row.place}: {mark_trained(encoder, fitter, row)}")
     training = []
     if folders and is_measured(folders[1]) and len(lengths := tally.lengths()):
         training = list(describe_training(lengths, tally.longest()))

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import logging
 import os
 import signal
@@ -15,6 +16,8 @@ from mistral_ft.errors import DISK_FAULTS, UserError
 
 class OneLineErrors:
     """Mix-in for argument parsers: a wrong argument is a `UserError` instead of pages of usage."""
+
+    prog: str
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -48,7 +51,8 @@ def run_step(main: Callable[[], int | None], unix_only: bool = False) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
     # transformers imports it wherever it is installed, and on CPUs with AVX512-BF16 it warns of a kernel not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
     try:
         if unix_only and importlib.util.find_spec("fcntl") is None:
             raise UserError("this step needs Linux, macOS or WSL: Windows lacks its file locks and signals")

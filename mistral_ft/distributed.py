@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Value = TypeVar("Value")
 
@@ -20,8 +23,6 @@ Value = TypeVar("Value")
 TIMEOUT_SECONDS = 1800
 # Seconds between two looks at how the others are, and those that a process has to clean up before it is ended.
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 10.0
-# The signal by which a process's watch asks its main thread to end, also out of a collective operation of gloo.
-END = getattr(signal, "SIGUSR2", None)  # Windows has none, nor runs of several processes
 
 
 def rank() -> int:
@@ -76,22 +77,22 @@ def gather(value: Value) -> list[Value]:
 
 def from_first(make: Callable[[], Value]) -> Value:
     """What `make` returns in the first process, the only one that calls it."""
-    return gather(None if rank() else make())[0]
+    return gather([] if rank() else [make()])[0][0]
 
 
-def total(number: int, device: Any) -> Any:
+def total(number: int, device: "torch.device") -> "torch.Tensor":
     """The sum of every process's number: an int64 tensor of shape ()."""
     import torch
     import torch.distributed as dist
 
-    number = torch.tensor(number, device=device)
+    summed = torch.tensor(number, device=device)
     if world_size() > 1:
         _arrive()
-        dist.all_reduce(number)
-    return number
+        dist.all_reduce(summed)
+    return summed
 
 
-def vote(flags: Sequence[bool], device: Any) -> list[bool]:
+def vote(flags: Sequence[bool], device: "torch.device") -> list[bool]:
     """For each flag whether any process has set it."""
     if world_size() == 1:
         return list(flags)
@@ -104,7 +105,7 @@ def vote(flags: Sequence[bool], device: Any) -> list[bool]:
     return votes.bool().tolist()
 
 
-def sum_gradients(parameters: Sequence[Any], learned: Sequence[bool]) -> None:
+def sum_gradients(parameters: "Sequence[torch.nn.Parameter]", learned: Sequence[bool]) -> None:
     """Give all processes the sum of their gradients.
 
     torch's DistributedDataParallel would hide the same transfer behind the backward pass, but wraps the model, copies
@@ -138,7 +139,7 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def _connect() -> Any:
+def _connect() -> "torch.distributed.PrefixStore":
     """The launcher's key-value store, which outlives every process."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -170,7 +171,8 @@ _watch: "Watch | None" = None
 
 def _start_watch(seconds: float) -> None:
     global _watch
-    signal.signal(END, lambda number, frame: sys.exit(1))
+    # The watch asks the main thread to end by it, also out of a collective operation of gloo.
+    signal.signal(signal.SIGUSR2, lambda number, frame: sys.exit(1))
     _watch = Watch(seconds)
     _watch.start()
     atexit.register(_watch.end)  # a thread that talks to the store while Python shuts down would abort the process
@@ -225,7 +227,7 @@ class Watch(threading.Thread):
                 return self._report([number for number, count in enumerate(counts) if count < max(counts)])
 
     @staticmethod
-    def _count(store: Any, number: int) -> int:
+    def _count(store: "torch.distributed.PrefixStore", number: int) -> int:
         key = f"meetings/{number}"
         return int(store.get(key)) if store.check([key]) else 0
 
@@ -239,6 +241,8 @@ class Watch(threading.Thread):
         self._end_process()
 
     def _end_process(self) -> None:
-        signal.pthread_kill(threading.main_thread().ident, END)
+        main = threading.main_thread().ident
+        assert main is not None  # it was started
+        signal.pthread_kill(main, signal.SIGUSR2)
         if not self.over.wait(GRACE_SECONDS):
             os._exit(1)

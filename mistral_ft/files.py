@@ -13,6 +13,9 @@ from typing import IO, Any
 
 from mistral_ft.errors import DISK_FAULTS, UserError
 
+Json = Any  # a value that JSON has
+JsonObject = dict[str, Json]
+
 
 def check_target(path: str | os.PathLike) -> Path:
     """The path, if a file can be written there as far as one can see.
@@ -90,9 +93,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             fsync_path(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        ours = isinstance(error, OSError) and Path(error.filename or temporary).is_relative_to(temporary)
-        if ours and error.errno in DISK_FAULTS:
-            raise UserError(f"{path}: cannot be written, nothing was kept: {error.strerror}") from error
+        full = error if isinstance(error, OSError) and error.errno in DISK_FAULTS else None
+        if full and Path(full.filename or temporary).is_relative_to(temporary):
+            raise UserError(f"{path}: cannot be written, nothing was kept: {full.strerror}") from error
         raise
 
 
@@ -149,19 +152,19 @@ def fsync_path(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def write_json(path: str | os.PathLike, data: Any) -> None:
+def write_json(path: str | os.PathLike, data: Json) -> None:
     """Write `data` as indented JSON, atomically."""
     with atomic_write(path) as file:
         json.dump(data, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike) -> Json:
     """Read one JSON document."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+def read_settings(path: str | os.PathLike) -> JsonObject:
     """Read a JSON object that a user's folder must hold, such as a config.json.
 
     Raises:

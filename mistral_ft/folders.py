@@ -3,10 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.errors import DISK_FAULTS, UserError
-from mistral_ft.files import read_settings, sha256_file
+from mistral_ft.files import JsonObject, read_settings, sha256_file
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,8 +99,9 @@ def find_quantization(model_id: str) -> str | None:
     if folder is None and is_hub_id(model_id):
         from huggingface_hub import try_to_load_from_cache  # slow to import
 
-        path = try_to_load_from_cache(model_id, "config.json")
-    if isinstance(path, (str, Path)) and os.path.isfile(path):
+        cached = try_to_load_from_cache(model_id, "config.json")
+        path = Path(cached) if isinstance(cached, str) else None
+    if path is not None and path.is_file():
         config = read_settings(path).get("quantization_config") or {}
         return config.get("quant_method")
     return "4-bit" if re.search(r"(?i)4-?bit", model_id) else None
@@ -120,7 +120,7 @@ def _explain(model_id: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return UserError(f"{model_id}: cannot be downloaded: {error.strerror} ({error.filename or 'the disk'})")
     token = get_token() is not None
-    cause = error
+    cause: BaseException | None = error
     while cause is not None:  # the refusal can hide behind the error of the cache that was tried next
         if isinstance(cause, errors.GatedRepoError):
             how = "its account has no access" if token else "none is set"
@@ -149,7 +149,7 @@ def find_run_folder(folder: str | os.PathLike) -> Path:
     return folder if (folder / RUN_FILE).is_file() else folder.parent
 
 
-def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+def read_run(folder: str | os.PathLike) -> JsonObject:
     """The run file of a run folder.
 
     Raises:

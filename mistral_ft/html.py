@@ -1,14 +1,18 @@
 """What the pages of reports share: their frame, and how text and numbers are shown."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
-def templates() -> Environment:
+def templates() -> "Environment":
     """What makes pages: every text is escaped, and a name that a template does not know is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # score needs none without --report
+
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

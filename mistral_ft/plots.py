@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+
+from mistral_ft.files import JsonObject
 
 # Colours that stand for the page's, which replace them in the SVG.
 INK, MUTED, LINE, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 # A file's own colours, dark on white.
 ON_WHITE = {"--ink": "#1f2328", "--muted": "#8c959f", "--line": "#d0d7de", "--accent": "#0969da", "--second": "#bc4c00"}
 CSS = {INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", SECOND: "--second"}
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {  # no narrower type is right for every matplotlib: from 3.11 on it lists the names
     "svg.fonttype": "none",  # text stays text: it can be selected, and is drawn in the page's font
     "svg.hashsalt": "score",  # the same data give the same bytes
     "font.size": 10,
@@ -38,7 +41,7 @@ SETTINGS = {
 }
 
 
-def reliability_plot(confidence: dict[str, Any]) -> str:
+def reliability_plot(confidence: JsonObject) -> str:
     """Confidence against the share of right answers, with 95 % intervals."""
     bins = confidence["bins"]
     with _style():
@@ -59,7 +62,7 @@ def reliability_plot(confidence: dict[str, Any]) -> str:
         return _svg(figure, "Reliability: confidence against the share of right answers")
 
 
-def risk_coverage_plot(confidence: dict[str, Any]) -> str:
+def risk_coverage_plot(confidence: JsonObject) -> str:
     """The share of answers taken without review against the share of these that is wrong."""
     curve, review = confidence["risk_coverage"], confidence["review"]
     with _style():
@@ -87,7 +90,7 @@ def risk_coverage_plot(confidence: dict[str, Any]) -> str:
         return _svg(figure, "Risk-coverage curve: answers taken without review against the wrong ones among them")
 
 
-def slices_plot(names: list[str], slices: list[dict[str, Any]], overall: float) -> str:
+def slices_plot(names: list[str], slices: list[JsonObject], overall: float) -> str:
     """Accuracy of every slice with its 95 % interval, from top to bottom."""
     with _style():
         figure, axes = _axes(9, 0.9 + 0.32 * len(names))
@@ -108,7 +111,7 @@ def slices_plot(names: list[str], slices: list[dict[str, Any]], overall: float) 
         return _svg(figure, "Accuracy by slice")
 
 
-def loss_plot(history: Sequence[dict[str, Any]], best_step: int | None) -> str:
+def loss_plot(history: Sequence[JsonObject], best_step: int | None) -> str:
     """The course of a run, by optimizer step: losses on a logarithmic axis, right answers on another. A whole file.
 
     Args:
@@ -123,7 +126,7 @@ def loss_plot(history: Sequence[dict[str, Any]], best_step: int | None) -> str:
     with _style():
         figure, axes = _axes(8, 4.2)
         axes.plot(*curve("loss"), color=MUTED, linewidth=1, label="loss in training")
-        evaluated = {"marker": "o", "markersize": 4}
+        evaluated: dict[str, Any] = {"marker": "o", "markersize": 4}
         if best_step is not None:
             axes.plot(*curve("eval_loss"), color=ACCENT, linewidth=1.8, label="loss in evaluation", **evaluated)
             axes.axvline(
@@ -172,7 +175,7 @@ def _style() -> Iterator[None]:
             yield
 
 
-def _axes(width: float, height: float):
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
@@ -180,7 +183,7 @@ def _axes(width: float, height: float):
     return figure, axes
 
 
-def _legend(axes) -> None:
+def _legend(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above, where no point is
 
 

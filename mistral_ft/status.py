@@ -17,11 +17,10 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.distributed import rank
 from mistral_ft.errors import UserError
-from mistral_ft.files import read_settings, write_json
+from mistral_ft.files import Json, JsonObject, read_settings, write_json
 
 STATUS_FILE, PLOT_FILE = "status.json", "loss.svg"
 RUNNING = ("preparing", "training", "evaluating", "saving")
@@ -38,10 +37,10 @@ class Status:
 
     def __init__(self, folder: Path):
         self.path = folder / STATUS_FILE
-        self.fields: dict[str, Any] = {"state": None}
+        self.fields: JsonObject = {"state": None}
         self.written = -math.inf
 
-    def update(self, state: str, **fields: Any) -> None:
+    def update(self, state: str, **fields: Json) -> None:
         """Take over what is known now; written at once if the state is another."""
         now, changed = time.monotonic(), state != self.fields["state"]
         self.fields |= {"state": state, **fields}
@@ -65,7 +64,7 @@ class Status:
         self.update("done", seconds_left=0)
 
 
-def read_status(folder: str | os.PathLike) -> dict[str, Any]:
+def read_status(folder: str | os.PathLike) -> JsonObject:
     """A run's status, its state `dead` if the process that wrote it is no more.
 
     Raises:
@@ -83,7 +82,7 @@ def read_status(folder: str | os.PathLike) -> dict[str, Any]:
     return status
 
 
-def _alive(pid: Any) -> bool:
+def _alive(pid: Json) -> bool:
     if not isinstance(pid, int) or pid < 1:
         return False
     try:

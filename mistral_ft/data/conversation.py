@@ -5,9 +5,10 @@ Plain data in, plain data out; nothing here knows of tokens.
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-Message = dict[str, Any]
+from mistral_ft.files import Json, JsonObject
+
+Message = JsonObject
 
 
 def merge_messages(messages: Sequence[Message]) -> list[Message]:
@@ -32,9 +33,9 @@ def _who(message: Message) -> tuple[str, bool]:
     return message["role"], bool(message.get("weight"))
 
 
-def _merge_texts(blocks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merge_texts(blocks: Iterable[JsonObject]) -> list[JsonObject]:
     """Adjacent texts become one, with a blank line between them; empty ones go."""
-    merged: list[dict[str, Any]] = []
+    merged: list[JsonObject] = []
     for block in blocks:
         if block["type"] == "text" and not block["text"]:
             continue
@@ -55,7 +56,7 @@ def thinks(message: Message) -> bool:
     return any(block["type"] == "thinking" for block in message["content"])
 
 
-def thinking_text(block: dict[str, Any]) -> str:
+def thinking_text(block: JsonObject) -> str:
     """What a block of thinking says: a text, or as Mistral's API has it a list of text blocks."""
     thinking = block["thinking"]
     return thinking if isinstance(thinking, str) else "".join(part["text"] for part in thinking)
@@ -71,7 +72,7 @@ def said(message: Message) -> str:
     return text_of(message) if thinks(message) else text_of(message).rstrip(" ")
 
 
-def tools_text(tools: Iterable[dict[str, Any]]) -> str:
+def tools_text(tools: Iterable[JsonObject]) -> str:
     """Tools in OpenAI's shape as the template writes them: what mistral-common knows of each, in its order."""
     found = []
     for tool in tools:
@@ -81,7 +82,7 @@ def tools_text(tools: Iterable[dict[str, Any]]) -> str:
     return to_json(found)
 
 
-def tool_calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def tool_calls(calls: Iterable[JsonObject]) -> list[JsonObject]:
     """Calls in OpenAI's shape as the template knows them: name, arguments as an object, id if there is one."""
     found = []
     for call in calls:
@@ -92,12 +93,12 @@ def tool_calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def tool_calls_text(calls: Iterable[dict[str, Any]]) -> str:
+def tool_calls_text(calls: Iterable[JsonObject]) -> str:
     """Calls as the template writes them up to v7: a list in JSON."""
     return to_json(tool_calls(calls))
 
 
-def parsed(text: str) -> Any:
+def parsed(text: str) -> Json:
     """What a text says as JSON, or the text itself if it is none."""
     try:
         return json.loads(text)
@@ -105,7 +106,7 @@ def parsed(text: str) -> Any:
         return text
 
 
-def to_json(data: Any) -> str:
+def to_json(data: Json) -> str:
     """JSON as the template writes tools and calls."""
     return json.dumps(data, ensure_ascii=False)
 

@@ -6,13 +6,12 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from mistral_ft.data.references import decode_data_url
-from mistral_ft.files import atomic_write
+from mistral_ft.files import JsonObject, atomic_write
 
 URL = re.compile(r"(data|file|https?):", re.IGNORECASE)
 
@@ -54,7 +53,7 @@ class ImageFolder:
                 self.folder.rmdir()
             self._made_folder = self.used = False
 
-    def take(self, messages: list[dict[str, Any]]) -> list[str]:
+    def take(self, messages: list[JsonObject]) -> list[str]:
         """Turn the URLs of image blocks into paths of files, in place. All of a row's files are written, or none.
 
         Returns:
@@ -86,7 +85,7 @@ class ImageFolder:
 
 def _load(url: str) -> tuple[bytes, str]:
     """An image's bytes and its file extension."""
-    kind = URL.match(url)[1].lower()
+    kind = url.partition(":")[0].lower()
     if kind.startswith("http"):
         raise ValueError(f"the image is on the web: download it (wget {url[:200]}) and put the file's path there")
     data = _decode(url) if kind == "data" else _read(url)

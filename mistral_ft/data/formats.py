@@ -16,9 +16,10 @@ Fields that a format does not use are the user's and stay.
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-from mistral_ft.data.conversation import with_weights
+from mistral_ft.data.conversation import Message, with_weights
+from mistral_ft.files import Json, JsonObject
 
 COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 RESERVED = ("id", "messages", "expected", "actual", "error")
@@ -27,11 +28,16 @@ IMAGE = "<image>"
 SYSTEM_PROMPT = re.compile(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)
 TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\[INST\])|\Z)", re.DOTALL)
 
-Row = dict[str, Any]
-Conversation = tuple[list[dict[str, Any]], str | None, set[str]]  # messages, expected, the fields they are made of
+
+class Conversation(NamedTuple):
+    """What a row asks and answers, and the fields that say so."""
+
+    messages: list[Message]
+    expected: str | None
+    used: set[str]
 
 
-def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[str]:
+def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> list[str]:
     """The formats a row may have, the likeliest first; none for a row of no known kind.
 
     Args:
@@ -55,7 +61,7 @@ def possible_formats(row: Row, columns: dict[str, str] | None = None) -> list[st
     return []
 
 
-def _is_openai(message: Any) -> bool:
+def _is_openai(message: Json) -> bool:
     """Whether a message has what only OpenAI's rows have: images as image_url parts, or the developer's role."""
     content = message.get("content") if isinstance(message, dict) else None
     parts = content if isinstance(content, list) else []
@@ -64,7 +70,7 @@ def _is_openai(message: Any) -> bool:
     )
 
 
-def as_record(row: Row) -> Row:
+def as_record(row: JsonObject) -> JsonObject:
     """A row of a data file as a record, not yet checked.
 
     Prompt and answer columns and [INST] text become messages; images in a column of their own go to the image blocks
@@ -86,7 +92,7 @@ def as_record(row: Row) -> Row:
     return row
 
 
-def _fill_images(row: Row) -> list[dict[str, Any]]:
+def _fill_images(row: JsonObject) -> list[Message]:
     """A row's messages, their image blocks without `image` given the images of the row's column, in order."""
     messages = row["messages"]
     empty = [
@@ -110,7 +116,7 @@ def _fill_images(row: Row) -> list[dict[str, Any]]:
     ]
 
 
-def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple[Row, list[str]]:
+def convert(row: JsonObject, form: str, columns: dict[str, str] | None = None) -> tuple[JsonObject, list[str]]:
     """One row as a record, not yet checked; images stay the paths or URLs that they were.
 
     Returns:
@@ -119,24 +125,21 @@ def convert(row: Row, form: str, columns: dict[str, str] | None = None) -> tuple
     Raises:
         ValueError: why it is no row of this format, in one line.
     """
-    if form == "native" and "messages" not in row:
-        messages, expected, used = None, None, set()  # plain text
-    else:
-        messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
     record = {"id": row["id"]} if row.get("id") is not None else {}
-    if messages is not None:
-        record["messages"] = messages
-    if expected is not None:
-        record["expected"] = expected
+    used: set[str] = set()
+    if form != "native" or "messages" in row:  # or else it is plain text
+        messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
+        record |= {"messages": messages} | ({} if expected is None else {"expected": expected})
     others = {name: value for name, value in row.items() if name not in used and name != "id"}
     return record | {n: v for n, v in others.items() if n not in RESERVED}, [n for n in others if n in RESERVED]
 
 
-def _native(row: Row) -> Conversation:
-    return [_from_parts(m) for m in _list(row, "messages")], row.get("expected"), {"messages", "expected"}
+def _native(row: JsonObject) -> Conversation:
+    messages = [_from_parts(message) for message in _list(row, "messages")]
+    return Conversation(messages, row.get("expected"), {"messages", "expected"})
 
 
-def _alpaca(row: Row) -> Conversation:
+def _alpaca(row: JsonObject) -> Conversation:
     prompt, extra = _text(row, "instruction"), _text(row | {"input": row.get("input") or ""}, "input")
     messages = _system(row)
     for pair in _list(row, "history") if row.get("history") else []:
@@ -145,24 +148,24 @@ def _alpaca(row: Row) -> Conversation:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
     used = {"instruction", "input", "output", "system", "history", "image", "images"}
-    return _with_images(with_weights(messages, default=1), _images(row)), _text(row, "output"), used
+    return Conversation(_with_images(with_weights(messages, default=1), _images(row)), _text(row, "output"), used)
 
 
-def _sharegpt(row: Row) -> Conversation:
+def _sharegpt(row: JsonObject) -> Conversation:
     if _images(row):
         raise ValueError("has images: convert the file with --format llava")
     return _conversations(row)
 
 
-def _llava(row: Row) -> Conversation:
+def _llava(row: JsonObject) -> Conversation:
     messages, expected, used = _conversations(row)
     images = _images(row)
     if not images and any(IMAGE in message["content"] for message in messages):
         raise ValueError(f"the text says {IMAGE}, but the row has no `image`")
-    return _with_images(messages, images), expected, used | {"image", "images"}
+    return Conversation(_with_images(messages, images), expected, used | {"image", "images"})
 
 
-def _conversations(row: Row) -> Conversation:
+def _conversations(row: JsonObject) -> Conversation:
     messages = _system(row)
     for number, turn in enumerate(_list(row, "conversations"), 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
@@ -170,15 +173,15 @@ def _conversations(row: Row) -> Conversation:
         if turn.get("from") not in list(SPEAKERS):  # which may be no string
             raise ValueError(f"turn {number}: unknown `from` {turn.get('from')!r}; expected {', '.join(SPEAKERS)}")
         messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
-    return *_answered(messages), {"conversations", "system"}
+    return Conversation(*_answered(messages), {"conversations", "system"})
 
 
-def _openai(row: Row) -> Conversation:
+def _openai(row: JsonObject) -> Conversation:
     messages = [_from_parts(message) for message in _list(row, "messages")]
-    return *_answered(messages), {"messages"}
+    return Conversation(*_answered(messages), {"messages"})
 
 
-def _from_parts(message: Any) -> dict[str, Any]:
+def _from_parts(message: Json) -> Message:
     """A chat message with image_url parts as image blocks, and the developer's role under its older name."""
     if not isinstance(message, dict):
         raise ValueError("a message must be an object with `role` and `content`")
@@ -194,7 +197,7 @@ def _from_parts(message: Any) -> dict[str, Any]:
     return message | {"content": blocks}
 
 
-def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
     """The messages up to the last, which is the answer to learn, and that answer.
 
     All messages and None if it is no text to learn, but a tool call, of weight 0 or with thinking. Earlier answers are
@@ -214,7 +217,7 @@ def _answered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     return with_weights(messages[:-1], default=1), answer
 
 
-def _columns(row: Row, columns: dict[str, str] | None) -> Conversation:
+def _columns(row: JsonObject, columns: dict[str, str] | None) -> Conversation:
     if columns is None:
         pairs = [pair for pair in COLUMNS if pair[0] in row and pair[1] in row]
         if not pairs:
@@ -223,14 +226,14 @@ def _columns(row: Row, columns: dict[str, str] | None) -> Conversation:
         columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
     prompt, answer = row.get(columns["prompt"]), row.get(columns["answer"])
     if isinstance(prompt, list) and isinstance(answer, list) and all(isinstance(m, dict) for m in prompt + answer):
-        return with_weights(prompt, default=0) + answer, None, {columns["prompt"], columns["answer"]}
+        return Conversation(with_weights(prompt, default=0) + answer, None, {columns["prompt"], columns["answer"]})
     images = _images(row, (columns["image"],) if "image" in columns else ("image", "images"))
     messages = [*_system(row), {"role": "user", "content": _text(row, columns["prompt"])}]
     used = {*columns.values(), "system"} | ({"image", "images"} if "image" not in columns else set())
-    return _with_images(messages, images), _text(row, columns["answer"]), used
+    return Conversation(_with_images(messages, images), _text(row, columns["answer"]), used)
 
 
-def _inst(row: Row) -> Conversation:
+def _inst(row: JsonObject) -> Conversation:
     text, messages = _text(row, "text").strip(), []
     text = text.removeprefix("<s>").lstrip()
     if found := SYSTEM_PROMPT.match(text):
@@ -246,10 +249,10 @@ def _inst(row: Row) -> Conversation:
         place = turn.end()
     if not messages or not messages[-1]["content"]:
         raise ValueError("`text` has no answer after [/INST]")
-    return *_answered(messages), {"text"}
+    return Conversation(*_answered(messages), {"text"})
 
 
-CONVERTERS: dict[str, Callable[[Row], Conversation]] = {
+CONVERTERS: dict[str, Callable[[JsonObject], Conversation]] = {
     "native": _native,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
@@ -261,7 +264,7 @@ FORMATS = (*CONVERTERS, "columns")
 DIRECT = ("columns", "inst")  # that every step takes as they are
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: JsonObject, name: str) -> str:
     value = row.get(name)
     if value is None:
         raise ValueError(f"no `{name}`")
@@ -270,27 +273,27 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _list(row: Row, name: str) -> list:
+def _list(row: JsonObject, name: str) -> list:
     value = row.get(name)
     if not isinstance(value, list) or not value:
         raise ValueError(f"no `{name}`" if value is None else f"`{name}` must be a list with something in it")
     return value
 
 
-def _system(row: Row) -> list[dict[str, Any]]:
+def _system(row: JsonObject) -> list[Message]:
     return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
 
 
-def _images(row: Row, names: tuple[str, ...] = ("image", "images")) -> list[str]:
+def _images(row: JsonObject, names: tuple[str, ...] = ("image", "images")) -> list[str]:
     """A row's images, given as one path or URL or as a list of them."""
-    images = next((row[name] for name in names if row.get(name)), [])
+    images: Json = next((row[name] for name in names if row.get(name)), [])
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(image, str) and image for image in images):
         raise ValueError("an image must be a path, or a data: or file: URL")
     return images
 
 
-def _with_images(messages: list[dict[str, Any]], images: list[str]) -> list[dict[str, Any]]:
+def _with_images(messages: list[Message], images: list[str]) -> list[Message]:
     """Images as blocks at the user's placeholders, in order; without placeholders, behind the first question."""
     if not images:
         return messages

@@ -34,8 +34,8 @@ class ImageFitter:
     patch_size: int
     cell_size: int
     longest_edge: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     resample: int = Image.Resampling.BICUBIC
 
     @classmethod

@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -22,6 +22,9 @@ from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
+
+if TYPE_CHECKING:
+    import pypdfium2
 
 PDF_DPI = 200  # of pages that are drawn for no model
 PDF_PIXELS = 25_000_000  # that such a page may have
@@ -45,7 +48,8 @@ def limit_pixels(most: int | None) -> None:
             raise UserError(f"--max_image_pixels {most}: must be at least 1")
         os.environ[MAX_PIXELS] = str(most)
     if MAX_PIXELS in os.environ:
-        Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS]) / 2  # Pillow refuses what has twice as many
+        # Pillow refuses what has twice as many. Rounded, an odd limit would be another one.
+        Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS]) / 2  # type: ignore[assignment]
 
 
 limit_pixels(None)
@@ -127,7 +131,7 @@ def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile
     except FileNotFoundError:
         raise ValueError(f"image {shown} does not exist") from None
     except Image.DecompressionBombError:
-        limit = int(2 * Image.MAX_IMAGE_PIXELS / 10**6)
+        limit = int(2 * (Image.MAX_IMAGE_PIXELS or 0) / 10**6)
         raise ValueError(
             f"image {shown} has more than {limit} million pixels; scale it down, or raise --max_image_pixels"
         ) from None
@@ -167,7 +171,7 @@ class PillowFile:
 
     def __init__(self, header: Image.Image):
         self.header = header
-        self.count = header.n_frames if header.format == "TIFF" else 1
+        self.count = getattr(header, "n_frames", 1) if header.format == "TIFF" else 1
 
     @classmethod
     @contextlib.contextmanager
@@ -223,7 +227,7 @@ class PillowFile:
 class PdfFile:
     """A PDF. PDFium is locked while it is open."""
 
-    def __init__(self, pdf):
+    def __init__(self, pdf: "pypdfium2.PdfDocument"):
         self.pdf = pdf
         self.count = len(pdf)
 

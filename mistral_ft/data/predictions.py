@@ -11,10 +11,10 @@ import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import atomic_write, check_target
+from mistral_ft.files import JsonObject, atomic_write, check_target
 
 PREDICTED = ("actual", "thinking", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
 
@@ -36,13 +36,13 @@ class Predictions:
     """
 
     def __init__(
-        self, path: str | os.PathLike, settings: dict[str, Any], plan: Sequence[Sequence[int]], overwrite: bool = False
+        self, path: str | os.PathLike, settings: JsonObject, plan: Sequence[Sequence[int]], overwrite: bool = False
     ):
         self.path = check_target(path)
         self.partial = Path(f"{path}.partial")
         self.plan = [list(batch) for batch in plan]
-        self.done: dict[int, dict[str, Any]] = {}
-        self._header = {"settings": settings, "plan": self.plan}
+        self.done: dict[int, JsonObject] = {}
+        self._settings = settings
         self._file: IO[str] | None = None
         if self.partial.exists() and not overwrite:
             self._read()
@@ -52,7 +52,7 @@ class Predictions:
         """Batches of the plan that are not finished."""
         return [batch for batch in self.plan if batch[0] not in self.done]
 
-    def add(self, batch: dict[int, dict[str, Any]]) -> None:
+    def add(self, batch: dict[int, JsonObject]) -> None:
         """Put one finished batch on the disk: rows by number, in the order of the plan."""
         assert list(batch) in self.plan
         if self._file is None:
@@ -75,7 +75,7 @@ class Predictions:
         """The partial file, cut behind its last whole batch, or a new one."""
         if not self.done:
             with atomic_write(self.partial) as file:
-                file.write(json.dumps(self._header, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"settings": self._settings, "plan": self.plan}, ensure_ascii=False) + "\n")
         else:
             os.truncate(self.partial, self._end)
         return open(self.partial, "a", encoding="utf-8")
@@ -83,7 +83,7 @@ class Predictions:
     def _read(self) -> None:
         """Take over the whole batches of the partial file, and note where the last of them ends."""
         with open(self.partial, "rb") as file:
-            found, wanted = _parse(file.readline()), self._header["settings"]
+            found, wanted = _parse(file.readline()), self._settings
             first = _parse(file.readline())
             if found is None or first is None:
                 return  # nothing was finished
@@ -97,18 +97,18 @@ class Predictions:
             # How many rows a batch has may depend on the GPU's free memory; a run is continued with its own batches.
             if sorted(chain(*found["plan"])) != sorted(chain(*self.plan)):
                 raise UserError(f"{self.partial} is an unfinished run with other batches; --overwrite starts again")
-            self.plan = self._header["plan"] = found["plan"]
+            self.plan = found["plan"]
             file.seek(0)
             file.readline()
             for batch in self.plan:
-                rows = [_parse(file.readline()) for _ in batch]
-                if [row and row["index"] for row in rows] != batch:
+                rows = [row for _ in batch if (row := _parse(file.readline()))]
+                if [row["index"] for row in rows] != batch:
                     break
                 self.done |= {row["index"]: row["row"] for row in rows}
                 self._end = file.tell()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> JsonObject | None:
     """A line of the partial file; None if the run died while it was written."""
     if not line.endswith(b"\n"):
         return None

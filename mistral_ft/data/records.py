@@ -19,13 +19,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.formats import DIRECT, as_record, possible_formats
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
 from mistral_ft.errors import RecordError, UserError, raise_all
+from mistral_ft.files import Json, JsonObject
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_NEW_TOKENS = 300  # of an answer that predict writes if it is not told otherwise
@@ -46,7 +46,7 @@ class Record:
 
     path: Path
     line: int
-    data: dict[str, Any]
+    data: JsonObject
     images_dir: Path
     piece: Sequence[int] | None = None
 
@@ -56,7 +56,7 @@ class Record:
         return None if "messages" in self.data else self.data["text"]
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[JsonObject]:
         """The prompt: all messages up to the answer."""
         messages = self.data.get("messages", [])
         return messages if self.data.get("expected") is not None else messages[: answer_start(messages)]
@@ -70,7 +70,7 @@ class Record:
         return expected
 
     @property
-    def conversation(self) -> list[dict[str, Any]]:
+    def conversation(self) -> list[JsonObject]:
         """The messages with all answers, each of the assistant's with its `weight`: what training reads."""
         messages, expected = self.data.get("messages", []), self.data.get("expected")
         if expected is None:
@@ -85,7 +85,7 @@ class Record:
         return [thinking_of(m) + answer_text([m]) for m in merge_messages(self.conversation) if m.get("weight")]
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         """The row as predict writes it: what is asked in `messages`, what is to be answered in `expected`."""
         messages = self.data.get("messages", [])
         if self.data.get("expected") is not None or answer_start(messages) == len(messages):
@@ -102,7 +102,7 @@ class Record:
         return RecordError(self.path, self.line, reason)
 
 
-def as_predicted(row: dict[str, Any]) -> dict[str, Any]:
+def as_predicted(row: JsonObject) -> JsonObject:
     """A row that predict may have seen as it would have written it; a row that is no record as it is."""
     try:
         return Record(Path(), 0, checked(row), Path()).row
@@ -110,7 +110,7 @@ def as_predicted(row: dict[str, Any]) -> dict[str, Any]:
         return row
 
 
-def checked(row: dict[str, Any]) -> dict[str, Any]:
+def checked(row: JsonObject) -> JsonObject:
     """A row of a data file as a checked record; raises ValueError if it is none, in one line."""
     data = as_record(row)
     check_record(data)
@@ -164,7 +164,7 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
     return folder
 
 
-def how_to_convert(path: Path, data: dict[str, Any]) -> str:
+def how_to_convert(path: Path, data: JsonObject) -> str:
     """What to add to the reason why a row is no record: the command, if it is one that other toolkits write."""
     form = next(iter(possible_formats(data)), "native")
     if form == "native" or form in DIRECT:
@@ -173,7 +173,7 @@ def how_to_convert(path: Path, data: dict[str, Any]) -> str:
     return f"; this looks like a row of format {form}, which becomes a record by: {command}"
 
 
-def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
+def image_blocks(messages: Sequence[JsonObject]) -> list[str]:
     """Every image in checked messages, as the user wrote it but one reference per page, in order."""
     return [
         block["image"]
@@ -184,7 +184,7 @@ def image_blocks(messages: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
+def check_record(data: JsonObject, expected_required: bool = False) -> None:
     """Check one record's shape.
 
     Raises:
@@ -222,7 +222,7 @@ def check_record(data: dict[str, Any], expected_required: bool = False) -> None:
         _check_tools(tools)
 
 
-def _check_tools(tools: Any) -> None:
+def _check_tools(tools: Json) -> None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"`tools` must be a list of objects, got {kind_of(tools)}")
     for tool in tools:
@@ -231,7 +231,7 @@ def _check_tools(tools: Any) -> None:
             raise ValueError('`tools` must look like [{"type": "function", "function": {"name": …, "parameters": …}}]')
 
 
-def _check_text(data: dict[str, Any]) -> None:
+def _check_text(data: JsonObject) -> None:
     text = data["text"]
     if not isinstance(text, str):
         raise ValueError(f"`text` must be a string, got {kind_of(text)}")
@@ -241,7 +241,7 @@ def _check_text(data: dict[str, Any]) -> None:
         raise ValueError("`text` is learned whole and has no `expected`; a question and its answer need `messages`")
 
 
-def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
+def _check_message(message: Json, previous: JsonObject | None) -> None:
     if not isinstance(message, dict):
         raise ValueError(f"expected an object with `role` and `content`, got {kind_of(message)}")
     role, content = message.get("role"), message.get("content")
@@ -283,7 +283,7 @@ def _check_message(message: Any, previous: dict[str, Any] | None) -> None:
         raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
 
 
-def _check_tool_calls(calls: Any) -> None:
+def _check_tool_calls(calls: Json) -> None:
     shape = '[{"id": …, "function": {"name": …, "arguments": …}}]'
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"`tool_calls` must look like {shape}, got {kind_of(calls)}")
@@ -301,7 +301,7 @@ def _check_tool_calls(calls: Any) -> None:
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")
 
 
-def _check_thinking(thinking: Any, closed: Any) -> None:
+def _check_thinking(thinking: Json, closed: Json) -> None:
     if isinstance(thinking, list):
         for part in thinking:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -312,11 +312,11 @@ def _check_thinking(thinking: Any, closed: Any) -> None:
         raise ValueError(f"`closed` must be true or false, got {kind_of(closed)}")
 
 
-def _is_open(block: dict[str, Any]) -> bool:
+def _is_open(block: JsonObject) -> bool:
     return block["type"] == "thinking" and block.get("closed") is False
 
 
-def _check_block(block: Any, role: str) -> None:
+def _check_block(block: Json, role: str) -> None:
     if not isinstance(block, dict):
         raise ValueError(f"expected an object with `type`, got {kind_of(block)}")
     kind = block.get("type")

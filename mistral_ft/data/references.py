@@ -14,8 +14,9 @@ import binascii
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from mistral_ft.files import JsonObject
 
 MOST_PAGES = 1000  # of one range: each is an image of thousands of tokens
 
@@ -48,7 +49,7 @@ def check_reference(reference: str) -> None:
             raise ValueError(f"`image` asks for {last - first + 1:,} pages; at most {MOST_PAGES:,} make one record")
 
 
-def expand_pages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def expand_pages(messages: Sequence[JsonObject]) -> list[JsonObject]:
     """Checked messages with one image block per page: "#page=1-4" becomes four blocks, in new messages."""
     expanded = []
     for message in messages:

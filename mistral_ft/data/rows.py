@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from mistral_ft.errors import RecordError, UserError
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
 
 TABLE_FILES = ("*.parquet", "*.arrow")  # which make a folder a table
@@ -48,7 +49,7 @@ class RowSource:
 
     def __init__(self, path: str | os.PathLike, images_dir: Path):
         self.path, self.images_dir = path, images_dir
-        self._array: list[Any] | None = None
+        self._array: list[Json] | None = None
 
     def count(self) -> int:
         """How many rows there are, blank lines among them, without reading them one by one."""
@@ -120,7 +121,7 @@ def _is_array(file: BinaryIO) -> bool:
     return first.startswith(b"[") and not (first.endswith(b"]") and second)
 
 
-def _load_array(path: Path) -> list[Any]:
+def _load_array(path: Path) -> list[Json]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,11 +134,11 @@ def _load_array(path: Path) -> list[Any]:
         raise UserError(f"{path}: nested too deeply, or with numbers too long, to be read") from None
 
 
-def _to_json(value: Any) -> bytes:
+def _to_json(value: Json) -> bytes:
     return json.dumps(value).encode()
 
 
-def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple[int, JsonObject]]:
     """Yield (number, object) for every row that is not blank; rows that are no JSON object go to `errors`.
 
     Raises:
@@ -153,7 +154,7 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
                 yield number, data
 
 
-def parse_line(raw: bytes, first: bool = False) -> dict[str, Any] | None:
+def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
     """The JSON object of one line of a JSONL file, or None if the line is blank.
 
     Args:
@@ -207,7 +208,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}"
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: Json) -> str:
     """What a JSON value is, in words."""
     names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}
     if isinstance(value, list) and not value:

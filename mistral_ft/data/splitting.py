@@ -11,7 +11,7 @@ class Splitter:
     `add` each record with its keys, in order, then `divide`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parents: list[int] = []  # of each record: itself, or an earlier one that it stays with
         self._first: dict[Hashable, int] = {}  # the first record with a key
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import datasets
 import huggingface_hub
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from mistral_ft.data.references import IN_TABLE
 from mistral_ft.errors import UserError
+from mistral_ft.files import Json
 
 ROWS_AT_ONCE = 64
 
@@ -90,6 +91,7 @@ def open_image_bytes(reference: str) -> IO[bytes]:
         ValueError: if there is no such image, in one line; OSError: if the file cannot be read.
     """
     place = IN_TABLE.fullmatch(reference)
+    assert place is not None  # `references.table_of` has found one
     try:
         value = open_table(place["table"])[int(place["row"])][place["column"]][0].as_py()
         value = value if place["item"] is None else value[int(place["item"])]
@@ -119,7 +121,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _references(name: str, field: str, start: int, column: pa.ChunkedArray) -> list[Any]:
+def _references(name: str, field: str, start: int, column: pa.ChunkedArray) -> list[Json]:
     """A reference, or a list of them, for each row of a column of images; None where there is none."""
     valid = column.is_valid().to_pylist()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -131,7 +133,7 @@ def _references(name: str, field: str, start: int, column: pa.ChunkedArray) -> l
     ]
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Json) -> Json:
     if isinstance(value, dict):
         return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

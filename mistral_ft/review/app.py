@@ -10,9 +10,9 @@ import json
 import re
 import traceback
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import anyio
 import numpy as np
@@ -24,6 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from mistral_ft.data.pages import page_sizes
+from mistral_ft.files import JsonObject
 from mistral_ft.review.desk import SHOWN, SORTS, Desk, Query, run_jobs
 from mistral_ft.review.export import export
 from mistral_ft.review.index import COMPUTED, EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED
@@ -78,7 +79,7 @@ class ReviewApp:
         """The ASGI application."""
 
         @contextlib.asynccontextmanager
-        async def lifespan(app):
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await self.desk.begin()
             following = asyncio.create_task(self.desk.follow())
             following.add_done_callback(report)
@@ -198,7 +199,7 @@ class ReviewApp:
         """The pages of a row's images: [{"name", "pages": [[width, height], …]} or {"name", "error"}, …]."""
         names = image_names(self.desk.index.read(self._row(request)))
 
-        def describe(name: str) -> dict[str, Any]:
+        def describe(name: str) -> JsonObject:
             try:
                 return {"name": label(name), "pages": page_sizes(find_page(self.images_dir, name), MOST_PAGES)}
             except ValueError as error:
@@ -226,7 +227,7 @@ class ReviewApp:
     async def review(self, request: Request) -> Response:
         """Save a decision: {"generation", "row", "version", "expected", "reviewed", "flagged"}."""
         data = await body_of(request)
-        row, expected = data.get("row"), data.get("expected")
+        expected = data.get("expected")
         types = {"generation": int, "row": int, "version": int, "reviewed": bool, "flagged": bool}
         if any(type(data.get(name)) is not kind for name, kind in types.items()):
             raise HTTPException(400, "a review needs " + ", ".join(types))
@@ -234,6 +235,7 @@ class ReviewApp:
             raise HTTPException(400, "`expected` must be text or null")
         if data["generation"] != self.desk.index.generation:
             raise HTTPException(409, "the file was replaced in the meantime; reload the page")
+        row: int = data["row"]
         if not 0 <= row < self.desk.index.count:
             raise HTTPException(404, "there is no such row")
         try:
@@ -293,8 +295,8 @@ class ReviewApp:
 
     def _view(self, request: Request) -> np.ndarray:
         number = int_of(request, "view", 0)
-        generation, rows = self.views.get(number, (None, None))
-        if generation != self.desk.index.generation:
+        generation, rows = self.views.get(number, (0, np.zeros(0)))
+        if generation != self.desk.index.generation:  # which counts from 1
             raise HTTPException(410, "this list is no longer kept")
         self.views.move_to_end(number)
         return rows
@@ -305,7 +307,7 @@ class ReviewApp:
             raise HTTPException(404, "there is no such row")
         return row
 
-    def _summary(self, row: int) -> dict[str, Any]:
+    def _summary(self, row: int) -> JsonObject:
         """What the list shows of a row."""
         entry = self.desk.index.rows[row]
         data = self.desk.read(row)
@@ -316,7 +318,7 @@ class ReviewApp:
             "cer": number_of(entry["cer"]) if self.desk.index.predicted else None, "images": len(image_names(data)),
         }  # fmt: skip
 
-    def _state(self, row: int) -> dict[str, Any]:
+    def _state(self, row: int) -> JsonObject:
         entry, predicted = self.desk.index.rows[row], self.desk.index.predicted
         state = int(entry["state"])
         right = bool(state & HIT) if state & SCORED and predicted else None
@@ -324,10 +326,10 @@ class ReviewApp:
         return {
             "right": right, "failed": bool(state & FAILED), "reviewed": bool(state & REVIEWED),
             "edited": bool(state & EDITED), "flagged": bool(state & FLAGGED),
-            "change": {(True, 0): "fixed", (False, 1): "broken"}.get((right, other)),
+            "change": "fixed" if right and other == 0 else "broken" if right is False and other == 1 else None,
         }  # fmt: skip
 
-    def _describe(self, row: int) -> dict[str, Any]:
+    def _describe(self, row: int) -> JsonObject:
         desk = self.desk
         source, review = desk.index.read(row), desk.review_of(row)
         data = review.apply(source)
@@ -366,7 +368,7 @@ def report(task: asyncio.Task) -> None:
         traceback.print_exception(task.exception())
 
 
-async def body_of(request: Request) -> dict[str, Any]:
+async def body_of(request: Request) -> JsonObject:
     """The JSON object of a request."""
     if request.headers.get("content-type", "").split(";")[0] != "application/json":
         raise HTTPException(415, "expected application/json")

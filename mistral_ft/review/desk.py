@@ -12,14 +12,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from mistral_ft.data.row_keys import stable_hash
+from mistral_ft.files import JsonObject
 from mistral_ft.review.index import EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED, RowIndex, index_part, line_starts
 from mistral_ft.review.log import Review, ReviewLog
 from mistral_ft.scoring.metrics import is_hit
+
+Result = TypeVar("Result")
 
 FIRST_BYTES = 1 << 20  # indexed before the first page is served
 POLL_SECONDS = 0.7  # between looks at whether the files have grown
@@ -74,15 +77,16 @@ class Desk:
     def __init__(self, path: str | os.PathLike, log: ReviewLog, other: str | os.PathLike | None = None):
         self.index, self.log = RowIndex(path), log
         self.other = RowIndex(other) if other else None
-        self.other_rows = np.zeros(0, np.int32)  # by row: the other file's, or -1
-        self._other_keys = (None, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self.other_rows: np.ndarray = np.zeros(0, np.int32)  # by row: the other file's, or -1
+        # The other file's (generation, rows), and its keys with the first row of each.
+        self._other_keys: tuple[tuple[int, int], np.ndarray, np.ndarray] = ((0, 0), np.zeros(0), np.zeros(0))
         self.ready = False  # whether all was read that stood in the files at the start
 
     # Reading the files.
 
     async def begin(self) -> None:
         """Index the file's first rows."""
-        self._take(await asyncio.to_thread(index_part, self.index.path, 0, FIRST_BYTES))
+        self._take(self.index.add(await asyncio.to_thread(index_part, self.index.path, 0, FIRST_BYTES)))
 
     async def follow(self) -> None:
         """Index the rest, then what is added to the files, until cancelled."""
@@ -98,28 +102,21 @@ class Desk:
         """Index what was added to a file; False if nothing was."""
         if index.replaced():
             index.restart()
-            self._match_all()
+            self._take(range(self.index.count))
         if index.size == index.end or index.size == index.looked_at:
             return False
         index.looked_at = index.size
         starts = await asyncio.to_thread(line_starts, index.path, index.end, index.size)
         jobs = list(itertools.pairwise(starts))
         async for part in run_jobs(functools.partial(index_part, index.path), jobs, len(jobs) >= MANY_PARTS):
+            rows = index.add(part)
             if index is self.index:
-                self._take(part)
-            else:
-                index.add(part)
+                self._take(rows)
         if index is self.other:
-            self._match_all()
+            self._take(range(self.index.count))
         return True
 
-    def _match_all(self) -> None:
-        rows = range(self.index.count)
-        self._match(rows)
-        self._lay_over(rows)
-
-    def _take(self, part) -> None:
-        rows = self.index.add(part)
+    def _take(self, rows: range) -> None:
         self._match(rows)
         self._lay_over(rows)
 
@@ -131,7 +128,7 @@ class Desk:
         if self._other_keys[0] != (state := (self.other.generation, self.other.count)):
             self._other_keys = (state, *np.unique(other["key"], return_index=True))
         _, keys, places = self._other_keys
-        found = np.full(len(ours), -1, np.int32)
+        found: np.ndarray = np.full(len(ours), -1, np.int32)
         if len(keys):
             at = np.searchsorted(keys, ours["key"]).clip(max=len(keys) - 1)
             found = np.where(keys[at] == ours["key"], places[at], -1).astype(np.int32)
@@ -144,7 +141,7 @@ class Desk:
         for k in both[theirs["expected"] != ours["expected"][both]]:
             ours["other_hit"][k] = self._other_hit(rows.start + int(k), self.index.read(rows.start + int(k)))
 
-    def _other_hit(self, row: int, data: dict[str, Any]) -> int:
+    def _other_hit(self, row: int, data: JsonObject) -> int:
         answered = self.read_other(row)
         if answered is None or not isinstance(data.get("expected"), str):
             return -1
@@ -166,11 +163,11 @@ class Desk:
         """The review of a row."""
         return self.log.get(self.index.name_of(row))
 
-    def read(self, row: int) -> dict[str, Any]:
+    def read(self, row: int) -> JsonObject:
         """A row with its correction."""
         return self.review_of(row).apply(self.index.read(row))
 
-    def read_other(self, row: int) -> dict[str, Any] | None:
+    def read_other(self, row: int) -> JsonObject | None:
         """The other file's row of the same record."""
         if self.other is None or row >= len(self.other_rows) or self.other_rows[row] < 0:
             return None
@@ -204,14 +201,14 @@ class Desk:
             mask &= rows["other_hit"] == other_hit
         for name, value in query.where:
             column = self.index.columns.get(name)
-            code = column.values.get(value, -1) if column else -1
-            mask &= np.frombuffer(column.codes, np.intc) == code if code >= 0 else False
+            code = column.values.get(value) if column else None
+            mask &= np.frombuffer(column.codes, np.intc) == code if column and code is not None else False
         if query.text.strip():
             mask &= self.index.search(query.text)
         found = np.flatnonzero(mask).astype(np.int32)
-        if (column := SORTS[query.sort]) is None:
+        if (measure := SORTS[query.sort]) is None:
             return found[::-1] if query.descending else found
-        values = rows[column][found].astype(np.float64)
+        values = rows[measure][found].astype(np.float64)
         order = np.argsort(-values if query.descending else values, kind="stable")  # NaN is last in both
         return found[order]
 
@@ -229,7 +226,7 @@ def _numbers(text: str) -> Iterable[int | float]:
             yield kind(text)
 
 
-async def run_jobs(work: Callable, jobs: list[tuple], elsewhere: bool) -> AsyncIterator[Any]:
+async def run_jobs(work: Callable[..., Result], jobs: list[tuple], elsewhere: bool) -> AsyncIterator[Result]:
     """The results of work(*job), in order.
 
     Args:
@@ -251,6 +248,7 @@ def prepare_worker() -> None:
     """Make a worker process leave Ctrl-C to its parent, and end when that is gone, even killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # only the main process has none
 
     def leave() -> None:
         parent.join()

@@ -14,7 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -52,21 +53,21 @@ class Guard:
         token: what others than this machine must know; None for none.
     """
 
-    def __init__(self, app, host: str, port: int, token: str | None):
+    def __init__(self, app: ASGIApp, host: str, port: int, token: str | None):
         self.app, self.token, self.cookie = app, token, f"review-{port}"
         self.names = LOOPBACK_NAMES | {host.lower()}
         self.any_address = not is_loopback(host)
         if self.any_address:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             return  # no web sockets here
 
-        async def send_with_headers(message):
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -77,7 +78,7 @@ class Guard:
         answer = self._refuse(scope) or self.app
         await answer(scope, receive, send_with_headers)
 
-    def _refuse(self, scope):
+    def _refuse(self, scope: Scope) -> Response | None:
         """The answer to a request that is not let in, or None."""
         headers = Headers(scope=scope)
         if len(headers.getlist("host")) != 1 or not self._is_ours(headers["host"]):
@@ -101,7 +102,7 @@ class Guard:
             return response
         return PlainTextResponse("Open the address with the token that the server printed when it started.", 401)
 
-    def _is_opening(self, scope, headers: Headers) -> bool:
+    def _is_opening(self, scope: Scope, headers: Headers) -> bool:
         """Whether somebody follows a link to the page itself, which tells the linking page nothing."""
         return scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
 
@@ -128,7 +129,7 @@ class Guard:
         return cookie is not None and self._is_token(cookie.value)
 
     def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.token.encode())
+        return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
 
 
 class ImpatientProtocol(H11Protocol):
@@ -137,7 +138,7 @@ class ImpatientProtocol(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         super().connection_made(transport)
         self._deadline = self.loop.call_later(REQUEST_SECONDS, transport.abort)
 

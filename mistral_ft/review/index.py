@@ -6,7 +6,6 @@ has no name. The index follows the file while it grows.
 """
 
 import contextlib
-import functools
 import math
 import mmap
 import os
@@ -15,7 +14,7 @@ import tempfile
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -23,10 +22,11 @@ from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
 from mistral_ft.data.row_keys import key_of
 from mistral_ft.data.rows import parse_line
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.metrics import answer_of, fold, grade
 from mistral_ft.scoring.mistakes import kind_of
-from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, Options, slice_of
+from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, slice_of
 
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 64 << 20  # bytes; a longer line is listed as bad, not read
@@ -117,8 +117,11 @@ def index_part(path: Path, start: int, stop: int) -> Part:
 
     The file's last line, if it has no line end and is no record, is left for later: it may be half written.
     """
-    found, texts, sizes, columns = [], [], [], {}
-    bad, bad_count, lines, tail = [], 0, 0, None
+    found: list[tuple[float, ...]] = []  # as `ROW`
+    texts: list[bytes] = []
+    columns: dict[str, Column] = {}
+    bad: list[tuple[int, str]] = []
+    bad_count, lines, tail = 0, 0, None
     unwrap = path.suffix == ".partial"
     with open(path, "rb") as file:
         position = _skip_line_end(file, start)
@@ -152,13 +155,12 @@ def index_part(path: Path, start: int, stop: int) -> Part:
                         columns[name].set(len(found), value)
                 found.append(entry)
                 texts.append(text.encode(errors="replace"))
-                sizes.append(len(texts[-1]) + 1)
             position += length
     for column in columns.values():
         column.pad(len(found))
-    offsets = np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, np.int64)
-    text = b"".join(text + b"\n" for text in texts)
-    return Part(np.array(found, ROW), text, offsets, columns, position, lines, bad, bad_count, tail)
+    offsets = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])]) if texts else np.zeros(0, np.int64)
+    joined = b"".join(text + b"\n" for text in texts)
+    return Part(np.array(found, ROW), joined, offsets, columns, position, lines, bad, bad_count, tail)
 
 
 def line_starts(path: Path, start: int, end: int) -> list[int]:
@@ -183,12 +185,22 @@ def _skip_line_end(file: IO[bytes], start: int) -> int:
     return start
 
 
-def measure(row: dict[str, Any]) -> tuple[tuple[int, int, float, float, int], dict[str, str]]:
+class Measures(NamedTuple):
+    """The last fields of `ROW`; NaN for what a row has not, -1 for no other file."""
+
+    state: int
+    other_hit: int
+    cer: float
+    confidence: float
+    characters: int
+
+
+def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
     """What the index knows of a row.
 
     Returns:
-        (state, other_hit, cer, confidence, characters), with NaN for what the row has not and -1 for no other file; and
-        the values it can be filtered by: its own fields, dots for nested ones, and those in `COMPUTED`.
+        Its measures, and the values it can be filtered by: its own fields, dots for nested ones, and those in
+        `COMPUTED`.
     """
     answer, expected, confidence = answer_of(row), row.get("expected"), confidence_of(row)
     state = FAILED * (row.get("error") is not None) | ANSWERED * (answer is not None)
@@ -204,24 +216,19 @@ def measure(row: dict[str, Any]) -> tuple[tuple[int, int, float, float, int], di
         characters = len(expected)
         if not graded.hit:
             values.setdefault("mistake", kind_of(row, graded))
-        values.setdefault("answer_length", slice_of(row, _slicing("answer_length")))
-    return (state, -1, cer, math.nan if confidence is None else confidence, characters), values
+        values.setdefault("answer_length", slice_of(row, "answer_length", Path()))
+    return Measures(state, -1, cer, math.nan if confidence is None else confidence, characters), values
 
 
-def _add_values(values: dict[str, str], name: str, value: Any, depth: int = 3) -> None:
+def _add_values(values: dict[str, str], name: str, value: Json, depth: int = 3) -> None:
     if isinstance(value, dict) and depth:
         for key, inner in value.items():
             _add_values(values, f"{name}.{key}", inner, depth - 1)
     elif value is not None:
-        values[name] = slice_of({name: value}, _slicing(name))
+        values[name] = slice_of({name: value}, name, Path())
 
 
-@functools.lru_cache(MOST_FIELDS)
-def _slicing(name: str) -> Options:
-    return Options(by=name)
-
-
-def searchable(row: dict[str, Any]) -> str:
+def searchable(row: JsonObject) -> str:
     """All text of a row in one line, folded: capitals, runs of white space and Unicode forms do not count."""
     texts: list[str] = []
     for name, value in row.items():
@@ -230,7 +237,7 @@ def searchable(row: dict[str, Any]) -> str:
     return fold("\x1f".join(texts))
 
 
-def _collect(value: Any, texts: list[str]) -> None:
+def _collect(value: Json, texts: list[str]) -> None:
     if isinstance(value, str):
         texts += [] if is_data_url(value) else [value]
     elif isinstance(value, dict):
@@ -261,7 +268,6 @@ class RowIndex:
     def __init__(self, path: str | os.PathLike):
         self.wanted = Path(path)
         self.generation = 0
-        self._text = None
         self.restart()
 
     def restart(self) -> None:
@@ -273,13 +279,14 @@ class RowIndex:
         partial = Path(f"{self.wanted}.partial")
         path = partial if not self.wanted.exists() and partial.exists() else self.wanted
         file = open(path, "rb")  # noqa: SIM115 - kept open for reading rows
-        if self._text:
+        if self.generation:
             self.close()
         self.path, self._file = path, file
         self.generation += 1
-        self._rows, self.count = np.zeros(1024, ROW), 0
-        self._text_offsets = np.zeros(1024, np.int64)
-        self._text, self._text_size = tempfile.TemporaryFile(), 0  # noqa: SIM115 - as is this one
+        self._rows: np.ndarray = np.zeros(1024, ROW)
+        self._text_offsets: np.ndarray = np.zeros(1024, np.int64)
+        self._text = tempfile.TemporaryFile()  # noqa: SIM115 - as is this one
+        self.count = self._text_size = 0
         self._changed_text: dict[int, str] = {}
         self.columns: dict[str, Column] = {}
         self.bad: list[tuple[int, str]] = []
@@ -336,7 +343,7 @@ class RowIndex:
         self.end, self.tail = part.end, part.tail
         return range(start, self.count)
 
-    def read(self, row: int) -> dict[str, Any]:
+    def read(self, row: int) -> JsonObject:
         """A row as predict writes it: question and answer of a chat apart, columns as messages; as it stands if bad.
 
         Raises:
@@ -359,17 +366,17 @@ class RowIndex:
         before = int((identities[:row] == identities[row]).sum())
         return f"{int(identities[row]) & (1 << 64) - 1:016x}" + (f"-{before}" if before else "")
 
-    def update(self, row: int, data: dict[str, Any], state: int, other_hit: int) -> None:
+    def update(self, row: int, data: JsonObject, state: int, other_hit: int) -> None:
         """Measure a row again that was corrected.
 
         Args:
             data: the row with its corrections.
             state: of REVIEWED, EDITED and FLAGGED those that hold.
         """
-        (measured, _, cer, confidence, characters), values = measure(data)
+        measured, values = measure(data)
         entry = self._rows[row]
-        entry["state"], entry["other_hit"] = measured | state, other_hit
-        entry["cer"], entry["confidence"], entry["characters"] = cer, confidence, characters
+        entry["state"], entry["other_hit"] = measured.state | state, other_hit
+        entry["cer"], entry["confidence"], entry["characters"] = measured[2:]
         for name in COMPUTED:
             if name in self.columns or name in values:
                 self.columns.setdefault(name, Column()).set(row, values.get(name, NO_VALUE))

@@ -16,10 +16,9 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import check_target, fsync_path
+from mistral_ft.files import JsonObject, check_target, fsync_path
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Review:
     reviewed: bool = False
     flagged: bool = False
 
-    def apply(self, row: dict[str, Any]) -> dict[str, Any]:
+    def apply(self, row: JsonObject) -> JsonObject:
         """The row with its correction."""
         return row if self.expected is None else row | {"expected": self.expected}
 
@@ -113,7 +112,7 @@ class ReviewLog:
         """The review of a row."""
         return self.reviews.get(name, Review())
 
-    def save(self, name: str, about: dict[str, Any], review: Review) -> Review:
+    def save(self, name: str, about: JsonObject, review: Review) -> Review:
         """Put a decision on the disk.
 
         Args:

@@ -84,4 +84,4 @@ def _shown_as(file: PillowFile) -> str | None:
     """The media type of a file that a browser shows as it is."""
     header = file.header
     as_it_is = header.mode in SHOWN_MODES and file.orientation == 1 and getattr(header, "n_frames", 1) == 1
-    return SHOWN.get(header.format) if as_it_is else None
+    return SHOWN.get(header.format or "") if as_it_is else None

@@ -6,9 +6,9 @@ import platform
 import stat
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.errors import UserError
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.status import PLOT_FILE, RUNNING, STATUS_FILE, read_status
 
 RECENT_SECONDS = 3600  # that an ended run is shown
@@ -18,7 +18,7 @@ LONGEST_ERROR = 300  # characters
 LARGEST_NUMBER = 1e15  # JavaScript has larger ones in part, and nothing that is counted gets there
 
 
-def recent_runs(folder: Path) -> list[dict[str, Any]]:
+def recent_runs(folder: Path) -> list[JsonObject]:
     """The runs of a folder that are at work, or had news within the last hour.
 
     Files that are broken, half written or too large, and links that lead out of the folder, are passed over.
@@ -72,7 +72,7 @@ def _time(file: Path) -> float:
         return -math.inf
 
 
-def _describe(folder: Path, name: str) -> dict[str, Any] | None:
+def _describe(folder: Path, name: str) -> JsonObject | None:
     try:
         status = read_status(folder)
         age = (datetime.now(timezone.utc) - datetime.fromisoformat(status["updated"])).total_seconds()
@@ -87,6 +87,6 @@ def _describe(folder: Path, name: str) -> dict[str, Any] | None:
     return {"name": name, "state": state, "age": max(0, round(age)), **numbers, "error": error}
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Json) -> float | None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
     return value if good else None

@@ -1,15 +1,15 @@
 """The numbers of `score` for some rows of a file, with the reviewer's corrections."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 from mistral_ft.review.page_files import find_page
 from mistral_ft.scoring.comparison import compare
 from mistral_ft.scoring.confidence import KINDS
@@ -17,21 +17,22 @@ from mistral_ft.scoring.summary import judge_confidence, summarize
 from mistral_ft.scoring.totals import MOST_SLICES, Options, Score
 
 TARGET = 0.99  # as score's own
+Place = tuple[int, int, int]  # of a row: offset, length, line
 
 
 def score_rows(
     path: Path,
-    places: Sequence[tuple[int, int, int]],
+    places: Sequence[Place],
     corrected: dict[int, str],
     other_path: Path | None,
-    other_places: Sequence[tuple[int, int, int]],
+    other_places: Sequence[Place],
     by: str | None,
     images_dir: Path,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score rows as `score` would score a file of them.
 
     Args:
-        places: (offset, length, line) of the rows.
+        places: of the rows.
         corrected: corrected expected answers, by offset.
         other_path, other_places: their counterparts in another predictions file, in the same order where both have
             the row. They are held against the same expected answers.
@@ -73,7 +74,7 @@ def score_rows(
     return result
 
 
-def _pages_allowed(row: dict[str, Any], images_dir: Path) -> bool:
+def _pages_allowed(row: JsonObject, images_dir: Path) -> bool:
     """Whether all of a row's images are in their folder: `score` looks wherever a path leads, a server must not."""
     try:
         check_record({name: value for name, value in row.items() if name not in PREDICTED})
@@ -82,7 +83,7 @@ def _pages_allowed(row: dict[str, Any], images_dir: Path) -> bool:
         return False
 
 
-def _read(path: Path, places: Sequence[tuple[int, int, int]], corrected: dict[int, str]):
+def _read(path: Path, places: Sequence[Place], corrected: dict[int, str]) -> Iterator[tuple[int, bytes, JsonObject]]:
     """(line, bytes, row) of each place; an empty row for a place of length 0."""
     handle = os.open(path, os.O_RDONLY)
     try:

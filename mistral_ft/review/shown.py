@@ -2,11 +2,11 @@
 
 import json
 import math
-from typing import Any
 
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import check_record
 from mistral_ft.data.references import check_reference, expand, is_data_url
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.diff import diff
 from mistral_ft.scoring.metrics import answer_of, fields_of, grade
@@ -22,12 +22,12 @@ def number_of(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def text_of(value: Any) -> str | None:
+def text_of(value: Json) -> str | None:
     """Any JSON value as text."""
     return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
 
 
-def shown(value: Any) -> str | None:
+def shown(value: Json) -> str | None:
     """Any JSON value as text that a page can hold."""
     text = text_of(value)
     if text is None or len(text) <= LONGEST_SHOWN:
@@ -35,17 +35,17 @@ def shown(value: Any) -> str | None:
     return f"{text[:LONGEST_SHOWN]} … ({len(text) - LONGEST_SHOWN:,} more characters)"
 
 
-def snippet(value: Any) -> str | None:
+def snippet(value: Json) -> str | None:
     """The beginning of a text, in one line."""
     text = text_of(value)
     return None if text is None else " ".join(text[: 2 * LONGEST_SNIPPET].split())[:LONGEST_SNIPPET]
 
 
-def listed(value: Any) -> list:
+def listed(value: Json) -> list[Json]:
     return value if isinstance(value, list) else []
 
 
-def image_names(row: dict[str, Any]) -> list[str]:
+def image_names(row: JsonObject) -> list[str]:
     """Every image of a record that may be malformed, one per page."""
     return [
         name
@@ -71,11 +71,12 @@ def label(reference: str) -> str:
     return "embedded image" if is_data_url(reference) else reference[:300]
 
 
-def shown_message(message: Any) -> dict[str, Any]:
+def shown_message(message: Json) -> JsonObject:
     """A message for the page: its role and its blocks, (kind, text); an image's text is its name."""
     if not isinstance(message, dict):
         return {"role": "?", "blocks": [("other", shown(message))]}
-    content, blocks = message.get("content"), []
+    content = message.get("content")
+    blocks: list[tuple[str, str | None]] = []
     for block in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind in ("text", "image"):
@@ -91,14 +92,14 @@ def shown_message(message: Any) -> dict[str, Any]:
     return {"role": shown(message.get("role")) or "?", "blocks": blocks + ([("other", shown(rest))] if rest else [])}
 
 
-def diffs(expected: Any, actual: str | None) -> dict[str, Any] | None:
+def diffs(expected: Json, actual: str | None) -> JsonObject | None:
     """How two answers differ, by words and by characters; None if there are not two."""
     if not isinstance(expected, str) or actual is None or max(len(expected), len(actual)) > LONGEST_SHOWN:
         return None
     return {by: diff(expected.strip(), actual.strip(), by) for by in ("words", "characters")}
 
 
-def metrics_of(row: dict[str, Any]) -> dict[str, float]:
+def metrics_of(row: JsonObject) -> dict[str, float]:
     """How right a row is, by metric."""
     if not isinstance(row.get("expected"), str):
         return {}
@@ -114,19 +115,19 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def confidences_of(row: dict[str, Any]) -> dict[str, Any] | None:
+def confidences_of(row: JsonObject) -> JsonObject | None:
     """A row's confidences as probabilities, and those of its JSON answer's fields."""
     sure = row.get("confidence")
     if not isinstance(sure, dict):
         return None
-    fields = sure.get("fields") if isinstance(sure.get("fields"), dict) else {}
+    fields: JsonObject = sure["fields"] if isinstance(sure.get("fields"), dict) else {}
     return {kind: confidence_of(row, kind) for kind in ("min", "mean", "sum")} | {
         "tokens": text_of(sure.get("tokens")),
         "fields": {name: confidence_of({"confidence": value}) for name, value in fields.items()},
     }
 
 
-def json_fields_of(row: dict[str, Any]) -> list[list[Any]] | None:
+def json_fields_of(row: JsonObject) -> list[list[Json]] | None:
     """[path, expected, actual, right, confidence] of each field, if the expected answer is JSON."""
     wanted = fields_of(row.get("expected")) if isinstance(row.get("expected"), str) else None
     if wanted is None:
@@ -139,7 +140,7 @@ def json_fields_of(row: dict[str, Any]) -> list[list[Any]] | None:
     ]
 
 
-def problem_of(row: dict[str, Any]) -> str | None:
+def problem_of(row: JsonObject) -> str | None:
     """Why train would refuse the record, if it would."""
     try:
         check_record({name: value for name, value in row.items() if name not in PREDICTED})

@@ -3,13 +3,13 @@
 import itertools
 import threading
 from pathlib import Path
-from typing import Any
 
-from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.image_fitter import TEXT_ONLY, ImageFitter
 from mistral_ft.data.pages import page_size
 from mistral_ft.data.prompt.encoder import PromptEncoder, encode_record
 from mistral_ft.data.records import Record, checked, image_blocks
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 from mistral_ft.folders import check_tokenizer, find_prompt_folders
 from mistral_ft.review.page_files import find_page
 
@@ -25,10 +25,10 @@ class TokenView:
 
     def __init__(self, model: str | None):
         self.model = model
-        self._loaded = None
+        self._loaded: tuple[PromptEncoder, ImageFitter | None] | None = None
         self._lock = threading.Lock()
 
-    def tokens(self, row: dict[str, Any], images_dir: Path) -> dict[str, Any]:
+    def tokens(self, row: JsonObject, images_dir: Path) -> JsonObject:
         """The tokens of a record.
 
         Returns:
@@ -41,15 +41,18 @@ class TokenView:
         """
         encoder, fitter = self._load()
         record = Record(Path(), 1, checked(row), images_dir)
-        sizes = [page_size(find_page(images_dir, name), fitter) for name in image_blocks(record.messages)]
-        grids = [fitter.grid(*size) for size in sizes]
+        names = image_blocks(record.messages)
+        if names and not fitter:
+            raise ValueError(TEXT_ONLY)
+        sizes = [page_size(find_page(images_dir, name), fitter) for name in names]
+        grids = [fitter.grid(*size) for size in sizes] if fitter else []
+        cell = fitter.cell_size if fitter else 0
         ids, labels = encode_record(encoder, record, grids, with_answer=True)
         control = vars(encoder.control)
-        names = {number: name for name, number in control.items()}
         image_ids = {control["image"], control["image_break"], control["image_end"]}
 
         def kind_of(place: int) -> tuple[str, bool]:
-            kind = "image" if ids[place] in image_ids else "control" if ids[place] in names else "text"
+            kind = "image" if ids[place] in image_ids else "control" if ids[place] in control.values() else "text"
             return kind, labels[place] >= 0
 
         stretches, pages, shown = [], iter(zip(sizes, grids, strict=True)), 0
@@ -65,7 +68,7 @@ class TokenView:
             while part:
                 size, (rows, columns) = next(pages)
                 del part[: rows * (columns + 1)]
-                fed = (columns * fitter.cell_size, rows * fitter.cell_size)
+                fed = (columns * cell, rows * cell)
                 stretches.append({"kind": kind, "learned": learned, "grid": (rows, columns), "size": size, "fed": fed})
         return {
             "model": self.model,
@@ -76,7 +79,7 @@ class TokenView:
             "hidden": max(0, shown - MOST_TOKENS),
         }
 
-    def _load(self):
+    def _load(self) -> tuple[PromptEncoder, ImageFitter | None]:
         if self.model is None:
             raise UserError("start the server with --model and a model's or run's folder to see tokens")
         with self._lock:

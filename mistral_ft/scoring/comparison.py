@@ -3,11 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.scoring.metrics import Grade
-from mistral_ft.scoring.statistics import mcnemar, paired_bootstrap
+from mistral_ft.scoring.statistics import Fractions, mcnemar, paired_bootstrap
 from mistral_ft.scoring.totals import Pairing, Score
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Metrics beside exact match: (numerator, denominator) among the fields of a Grade (None: 1), whether less is better.
 GRADED = {
@@ -99,17 +103,18 @@ def compare(first: Score, second: Score, names: Sequence[str | os.PathLike]) -> 
     )
 
 
-def _differences(before, after) -> dict[str, Difference]:
+def _differences(before: "np.ndarray", after: "np.ndarray") -> dict[str, Difference]:
     """How far the graded metrics differ; before and after: arrays (rows, fields of a Grade)."""
     import numpy as np
 
     columns = (*Grade._fields, None)
 
-    def select(grades, which: int):
+    def fractions(grades: np.ndarray) -> Fractions:
         with_ones = np.column_stack([grades, np.ones(len(grades))])
-        return with_ones[:, [columns.index(metric[which]) for metric in GRADED.values()]]
+        above, below = ([columns.index(metric[which]) for metric in GRADED.values()] for which in (0, 1))
+        return with_ones[:, above], with_ones[:, below]
 
-    differences = paired_bootstrap(*((select(grades, 0), select(grades, 1)) for grades in (before, after)))
+    differences = paired_bootstrap(fractions(before), fractions(after))
     return {
         name: Difference(*values, _verdict(*values[1:], less_is_better))
         for (name, (_, _, less_is_better)), values in zip(GRADED.items(), differences, strict=True)

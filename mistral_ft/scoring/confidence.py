@@ -6,14 +6,18 @@ Confidences are in 0..1; `right` holds 1 or True for every answer that is right.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from mistral_ft.files import JsonObject
 from mistral_ft.scoring.statistics import wilson
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS = ("min", "mean", "sum")
 
 
-def confidence_of(row: dict[str, Any], kind: str = "min") -> float | None:
+def confidence_of(row: JsonObject, kind: str = "min") -> float | None:
     """A row's confidence in 0..1, or None if it has none.
 
     The probability of its least sure token (min), of its tokens on geometric average (mean), or of the whole answer
@@ -162,7 +166,7 @@ def calibrate(confidences: Sequence[float], right: Sequence[int]) -> Callable[[S
     return lambda others: np.interp(others, values, fitted)
 
 
-def _sorted(confidences: Sequence[float], right: Sequence[int]):
+def _sorted(confidences: Sequence[float], right: Sequence[int]) -> "tuple[np.ndarray, np.ndarray]":
     """Confidences from low to high, and whether the answers are right, as arrays of floats."""
     import numpy as np
 
@@ -170,7 +174,7 @@ def _sorted(confidences: Sequence[float], right: Sequence[int]):
     return np.asarray(confidences, float)[order], np.asarray(right, float)[order]
 
 
-def _last_of_each(values):
+def _last_of_each(values: "np.ndarray") -> "np.ndarray":
     """How many values there are up to the last of each run of equal ones."""
     import numpy as np
 

@@ -1,9 +1,11 @@
 """What two answers share and what not, for people to look at."""
 
 import re
-from collections.abc import Sequence
+from typing import TypeVar
 
 from rapidfuzz.distance import Levenshtein
+
+Text = TypeVar("Text", str, list[str])
 
 
 def diff(expected: str, actual: str, by: str) -> list[tuple[str, str]]:
@@ -21,7 +23,7 @@ def diff(expected: str, actual: str, by: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def _aligned(a: Sequence[str], b: Sequence[str]) -> list[tuple[Sequence[str], Sequence[str]]]:
+def _aligned(a: Text, b: Text) -> list[tuple[Text, Text]]:
     """Stretches of two sequences that stand for each other, with the fewest edits."""
     return [
         (a[step.src_start : step.src_end], b[step.dest_start : step.dest_end]) for step in Levenshtein.opcodes(a, b)

@@ -8,9 +8,11 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq, Levenshtein
+
+from mistral_ft.files import Json, JsonObject
 
 FOLDS = ("nfc", "case", "space")
 
@@ -20,13 +22,13 @@ def is_exact(actual: str, expected: str) -> bool:
     return actual.strip() == expected.strip()
 
 
-def answer_of(row: dict[str, Any]) -> str | None:
+def answer_of(row: JsonObject) -> str | None:
     """A predicted row's answer; None for one with an `error` or without `actual`."""
     actual = row.get("actual")
     return actual if row.get("error") is None and isinstance(actual, str) else None
 
 
-def is_hit(row: dict[str, Any]) -> bool:
+def is_hit(row: JsonObject) -> bool:
     """Whether a predicted row has an answer, and it is right."""
     actual = answer_of(row)
     return actual is not None and is_exact(actual, row["expected"])
@@ -104,7 +106,7 @@ class Grade(NamedTuple):
     token_f1: float
 
 
-def grade(row: dict[str, Any], folds: tuple[str, ...] = FOLDS) -> Grade:
+def grade(row: JsonObject, folds: tuple[str, ...] = FOLDS) -> Grade:
     """Grade a row with `expected`. Without an answer it is wrong, with every expected character and word missing."""
     expected, answer = row["expected"], answer_of(row)
     edits = edit_counts(answer or "", expected)
@@ -133,7 +135,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")  # though Python reads NaN and Infinity
 
 
-def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(data: Json, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(data, dict | list) and data:
         for key, value in data.items() if isinstance(data, dict) else enumerate(data):
             yield from _flatten(value, f"{path}.{key}" if path else str(key))

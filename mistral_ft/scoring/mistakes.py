@@ -5,11 +5,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
 from mistral_ft.data.records import check_record
+from mistral_ft.files import JsonObject
 from mistral_ft.scoring.metrics import Grade, answer_of
 
 # Every wrong row is of the first kind that fits.
@@ -24,7 +25,7 @@ KINDS = {
 }
 
 
-def kind_of(row: dict[str, Any], grade: Grade) -> str:
+def kind_of(row: JsonObject, grade: Grade) -> str:
     """The kind of a wrong row."""
     answer = answer_of(row)
     if answer is None:
@@ -38,21 +39,24 @@ def kind_of(row: dict[str, Any], grade: Grade) -> str:
     return "near" if grade.anls else "different"
 
 
+Pair = tuple[str, str]  # what was expected, and what was answered
+
+
 @dataclass
 class Common:
-    """How often each thing was seen, in bounded memory: what is rare is forgotten when there is too much of it.
+    """How often each pair was seen, in bounded memory: what is rare is forgotten when there is too much of it.
 
     Attributes:
         counts: at most 2 * `keep` of them.
         missed: how much a count can be too low; 0 while nothing was forgotten.
     """
 
-    counts: Counter = field(default_factory=Counter)
+    counts: Counter[Pair] = field(default_factory=Counter)
     missed: int = 0
     keep = 20_000
 
-    def merge(self, things: "Common | Iterable") -> None:
-        """Count more things."""
+    def merge(self, things: "Common | Iterable[Pair]") -> None:
+        """Count more pairs."""
         if isinstance(things, Common):
             self.missed += things.missed
             things = things.counts
@@ -62,21 +66,21 @@ class Common:
             self.counts = Counter(dict(ranked[: self.keep]))
             self.missed += ranked[self.keep][1]
 
-    def most_common(self, count: int) -> list[tuple[Any, int]]:
-        """The most common things with their counts, in an order that does not depend on when they were seen."""
+    def most_common(self, count: int) -> list[tuple[Pair, int]]:
+        """The most common pairs with their counts, in an order that does not depend on when they were seen."""
         return heapq.nsmallest(count, self.counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 LONGEST_WORD = 64  # characters; longer ones are not common
 
 
-def edits(expected: Sequence[str], actual: Sequence[str]) -> Iterator[tuple[str, str]]:
+def edits(expected: Sequence[str], actual: Sequence[str]) -> Iterator[Pair]:
     """(expected, answered) of each Levenshtein edit: "" is answered for what is missing, expected for what is extra."""
-    for operation, i, j in Levenshtein.editops(expected, actual):
-        yield ("" if operation == "insert" else expected[i]), ("" if operation == "delete" else actual[j])
+    for op in Levenshtein.editops(expected, actual):
+        yield ("" if op.tag == "insert" else expected[op.src_pos]), ("" if op.tag == "delete" else actual[op.dest_pos])
 
 
-def confusions(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def confusions(expected: str, actual: str) -> tuple[list[Pair], list[Pair]]:
     """(characters, words) that an answer has wrong, as pairs (expected, answered).
 
     Characters are compared inside words that stand for each other and differ in at most half of their characters:
@@ -93,6 +97,14 @@ def confusions(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[
     return characters, [pair for pair in words if max(map(len, pair)) <= LONGEST_WORD]
 
 
+class Example(NamedTuple):
+    """A wrong row to show; of many, those with the highest ranks."""
+
+    rank: int
+    line: int
+    shown: JsonObject
+
+
 @dataclass
 class Mistakes:
     """The wrong rows of a file or of a part of it.
@@ -100,15 +112,15 @@ class Mistakes:
     Attributes:
         kinds: how many are of each kind.
         characters, words: what they have wrong; only of rows with an answer.
-        examples: some of them, each as (rank, line number, what to show); those with the highest ranks.
+        examples: some of them.
     """
 
-    kinds: Counter = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     characters: Common = field(default_factory=Common)
     words: Common = field(default_factory=Common)
-    examples: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], grade: Grade) -> str:
+    def add(self, row: JsonObject, grade: Grade) -> str:
         """Count a wrong row; return its kind."""
         kind = kind_of(row, grade)
         self.kinds[kind] += 1
@@ -118,21 +130,21 @@ class Mistakes:
             self.words.merge(words)
         return kind
 
-    def add_example(self, rank: int, line: int, row: dict[str, Any], about: dict[str, Any], most: int) -> None:
+    def add_example(self, rank: int, line: int, row: JsonObject, about: JsonObject, most: int) -> None:
         """Keep a row, and what is known `about` it, if its rank is among the `most` highest.
 
         With hashes as ranks, that draws them by lot.
         """
-        if len(self.examples) < most or rank > self.examples[0][0]:
+        if len(self.examples) < most or rank > self.examples[0].rank:
             push = heapq.heappush if len(self.examples) < most else heapq.heappushpop
-            push(self.examples, (rank, line, example_of(row) | about | {"line": line}))
+            push(self.examples, Example(rank, line, example_of(row) | about | {"line": line}))
 
     def merge(self, other: "Mistakes", lines: int, most: int) -> None:
         """Take over the mistakes of the next part of the file, which follows `lines` lines."""
         self.kinds.update(other.kinds)
         self.characters.merge(other.characters)
         self.words.merge(other.words)
-        moved = [(rank, line + lines, shown | {"line": line + lines}) for rank, line, shown in other.examples]
+        moved = [Example(rank, line + lines, shown | {"line": line + lines}) for rank, line, shown in other.examples]
         self.examples = heapq.nlargest(most, self.examples + moved)
 
 
@@ -143,7 +155,7 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} … (cut off at {most:,} of {len(text):,} characters)"
 
 
-def example_of(row: dict[str, Any]) -> dict[str, Any]:
+def example_of(row: JsonObject) -> JsonObject:
     """What to show of a row: its id, question, pages, expected answer, and its answer or error."""
     try:
         check_record(row)

@@ -9,9 +9,9 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 from mistral_ft.scoring.statistics import paired_bootstrap
 
 
@@ -31,7 +31,7 @@ class Texts:
     nll: array = field(default_factory=lambda: array("d"))
     tokens: array = field(default_factory=lambda: array("q"))
 
-    def add(self, line: int, key: int, row: dict[str, Any]) -> None:
+    def add(self, line: int, key: int, row: JsonObject) -> None:
         """Add one row that `is_scored`."""
         self.lines.append(line)
         self.keys.append(key)
@@ -45,13 +45,13 @@ class Texts:
             getattr(self, name).extend(getattr(other, name))
 
 
-def is_scored(row: dict[str, Any]) -> bool:
+def is_scored(row: JsonObject) -> bool:
     """Whether a row of plain text has what predict writes."""
-    nll, tokens = row.get("nll"), row.get("tokens")
+    nll, tokens = row.get("nll", math.nan), row.get("tokens")
     return type(nll) in (int, float) and math.isfinite(nll) and type(tokens) is int and tokens > 0
 
 
-def perplexity(texts: Texts) -> dict[str, Any]:
+def perplexity(texts: Texts) -> JsonObject:
     """Perplexity with its 95 % interval over resampled rows, and what it follows from."""
     import numpy as np
 
@@ -68,7 +68,7 @@ def perplexity(texts: Texts) -> dict[str, Any]:
     }
 
 
-def compare_texts(first: Texts, second: Texts, names: Sequence[str | os.PathLike]) -> dict[str, Any]:
+def compare_texts(first: Texts, second: Texts, names: Sequence[str | os.PathLike]) -> JsonObject:
     """Perplexity of two models on the rows that are in both files, matched by `id`, or by text where one has none.
 
     Args:

@@ -7,12 +7,12 @@ passes through jinja2's escaping; the plots' through matplotlib's.
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from markupsafe import Markup
 from rapidfuzz.distance import Levenshtein
 
 from mistral_ft import plots
+from mistral_ft.files import JsonObject
 from mistral_ft.html import templates, visible
 from mistral_ft.scoring.mistakes import KINDS, example_of
 from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, review_sentence, worst_fields
@@ -23,9 +23,7 @@ MOST_TABLE_ROWS = 200
 MOST_CHANGED = 10  # examples of fixed and of broken rows
 
 
-def report(
-    result: dict[str, Any], file: str | os.PathLike, folds: Sequence[str], examples: Sequence[dict[str, Any]]
-) -> str:
+def report(result: JsonObject, file: str | os.PathLike, folds: Sequence[str], examples: Sequence[JsonObject]) -> str:
     """The page, as HTML. The same arguments give the same text.
 
     Args:
@@ -105,14 +103,14 @@ def _visible(text: str, marked: bool) -> str:
     return "\n".join(visible(line, len(line)) for line in text.split("\n"))
 
 
-def _with_diff(shown: dict[str, Any]) -> dict[str, Any]:
+def _with_diff(shown: JsonObject) -> JsonObject:
     if not shown["actual"]:
         return shown | {"expected": _shown([("same", shown["expected"])]), "actual": shown["actual"] and []}
     expected, actual = diff(shown["expected"].strip(), shown["actual"].strip())
     return shown | {"expected": expected, "actual": actual}
 
 
-def _changed(comparison: dict[str, Any], file: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
+def _changed(comparison: JsonObject, file: str | os.PathLike) -> dict[str, list[JsonObject]]:
     """The first rows that were broken and fixed: examples with the other file's answer as `before`."""
     found = {}
     for what in ("broken", "fixed"):

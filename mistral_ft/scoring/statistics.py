@@ -1,6 +1,12 @@
 """How sure a number is: intervals and tests. scipy and numpy are imported when first needed; they take a second."""
 
 import math
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Fractions: TypeAlias = "tuple[np.ndarray, np.ndarray]"  # numerators and denominators
 
 
 def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -29,7 +35,9 @@ def mcnemar(fixed: int, broken: int) -> float:
 MOST_DRAWN = 10_000
 
 
-def paired_bootstrap(before, after, rounds: int = 2000, seed: int = 0) -> list[tuple[float, float, float]]:
+def paired_bootstrap(
+    before: Fractions, after: Fractions, rounds: int = 2000, seed: int = 0
+) -> list[tuple[float, float, float]]:
     """Differences of two models' metrics on the same rows, with 95 % intervals (percentiles of resampled rows).
 
     More than `MOST_DRAWN` rows are first added up to so many groups, drawn by lot: a group's sum varies as those of
@@ -61,4 +69,4 @@ def paired_bootstrap(before, after, rounds: int = 2000, seed: int = 0) -> list[t
         drawn.append(differences(np.tensordot(times, values, 1)))
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     found = differences(values.sum(0))
-    return [tuple(map(float, metric)) for metric in zip(found, low, high, strict=True)]
+    return list(zip(found.tolist(), low.tolist(), high.tolist(), strict=True))

@@ -1,12 +1,12 @@
 """What a scored file says, as one JSON object: what --json prints, and what the text and the report are made of."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mistral_ft.errors import UserError
-from mistral_ft.files import sha256_file
+from mistral_ft.files import JsonObject, sha256_file
 from mistral_ft.scoring.comparison import Comparison
 from mistral_ft.scoring.confidence import (
     calibrate,
@@ -26,10 +26,10 @@ MOST_CONFUSIONS = 50  # of each sort
 def summarize(
     score: Score,
     by: str | None = None,
-    confidence: dict[str, Any] | None = None,
-    comparison: dict[str, Any] | None = None,
-    text_comparison: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    confidence: JsonObject | None = None,
+    comparison: JsonObject | None = None,
+    text_comparison: JsonObject | None = None,
+) -> JsonObject:
     """Everything that is known of a file; a part that does not apply is left out.
 
     Args:
@@ -37,7 +37,7 @@ def summarize(
         confidence, comparison, text_comparison: as `judge_confidence`, `describe_comparison` and `compare_texts` give
             them.
     """
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     if score.texts.lines:
         result["text"] = perplexity(score.texts) | ({"comparison": text_comparison} if text_comparison else {})
     if not score.totals.count:
@@ -72,7 +72,7 @@ def _rows(score: Score) -> dict[str, list[int]]:
     }
 
 
-def _confusions(common: Common) -> dict[str, list[dict[str, Any]]]:
+def _confusions(common: Common) -> dict[str, list[JsonObject]]:
     ranked = common.most_common(len(common.counts))
     return {
         "replaced": [{"expected": a, "answered": b, "count": n} for (a, b), n in ranked if a and b][:MOST_CONFUSIONS],
@@ -83,7 +83,7 @@ def _confusions(common: Common) -> dict[str, list[dict[str, Any]]]:
 
 def judge_confidence(
     score: Score, kind: str, target: float, other: Score | None = None, other_name: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """What the confidence of a file's answers is worth.
 
     Args:
@@ -95,7 +95,8 @@ def judge_confidence(
     Raises:
         UserError: if there is nothing to learn from, or the files share rows.
     """
-    confidences, right = score.confidences, score.right
+    confidences: Sequence[float] = score.confidences
+    right = score.right
     if other:
         if not other.confidences:
             raise UserError(f"{other_name}: no row has a usable `confidence` to calibrate on")
@@ -121,7 +122,7 @@ def judge_confidence(
     }
 
 
-def describe_comparison(comparison: Comparison, file: str | os.PathLike, other: str) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison, file: str | os.PathLike, other: str) -> JsonObject:
     """A comparison of `file` with the `other` one, with the ids of the rows that changed."""
     changed = [*comparison.fixed, *comparison.broken]
     ids = {line: row.get("id") for line, row in read_lines(file, (line for _, line in changed))}

@@ -2,15 +2,16 @@
 
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
 
+from mistral_ft.files import JsonObject
 from mistral_ft.html import name_lines, visible
 from mistral_ft.scoring.mistakes import KINDS
 
 FOLD_NAMES = {"case": "capitals", "space": "runs of spaces", "nfc": "Unicode forms"}
 
 
-def headline(result: dict[str, Any]) -> str:
+def headline(result: JsonObject) -> str:
     """The first line that score prints."""
     return (
         f"Accuracy = {result['hits']}/{result['count']} = {result['accuracy']:.4f} "
@@ -18,7 +19,7 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
-def folded(folds: list[str]) -> str:
+def folded(folds: Sequence[str]) -> str:
     """What normalised accuracy looks over."""
     return (
         f"{', '.join(name for fold, name in FOLD_NAMES.items() if fold in folds)} do not count"
@@ -27,7 +28,7 @@ def folded(folds: list[str]) -> str:
     )
 
 
-def print_text(result: dict[str, Any], folds: list[str]) -> None:
+def print_text(result: JsonObject, folds: Sequence[str]) -> None:
     """The summary as text; the first line is the accuracy, or where there is only plain text the perplexity."""
     if "accuracy" not in result:
         print_perplexity(result["text"])
@@ -46,7 +47,7 @@ def print_text(result: dict[str, Any], folds: list[str]) -> None:
         print_perplexity(result["text"])
 
 
-def print_figures(result: dict[str, Any], folds: list[str], shown: int = 20) -> None:
+def print_figures(result: JsonObject, folds: Sequence[str], shown: int = 20) -> None:
     """How far off the answers are."""
     rows = [
         ("normalised accuracy", result["normalised_accuracy"], folded(folds)),
@@ -73,12 +74,12 @@ def print_figures(result: dict[str, Any], folds: list[str], shown: int = 20) -> 
         print(f"  … and {more} more fields")
 
 
-def worst_fields(fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def worst_fields(fields: JsonObject) -> list[tuple[str, JsonObject]]:
     """(path, accuracy and count) of the fields of JSON answers, the worst first."""
     return sorted(fields["fields"].items(), key=lambda item: (item[1]["accuracy"], -item[1]["count"], item[0]))
 
 
-def print_mistakes(wrong: dict[str, Any], shown: int = 8) -> None:
+def print_mistakes(wrong: JsonObject, shown: int = 8) -> None:
     """Kinds of wrong answers and the commonest confusions, if there are any."""
     if not wrong["kinds"]:
         return
@@ -91,7 +92,7 @@ def print_mistakes(wrong: dict[str, Any], shown: int = 8) -> None:
         print(f"{name}: {', '.join(named)}{', …' if len(confusions) > shown else ''}")
 
 
-def confusions_by_name(wrong: dict[str, Any]) -> dict[str, list[tuple[list[str], int]]]:
+def confusions_by_name(wrong: JsonObject) -> dict[str, list[tuple[list[str], int]]]:
     """{name: [([expected and answered, or the one there is], count)]} of the sorts of confusion that were seen."""
     return {
         f"{sort} {what}": [
@@ -103,7 +104,7 @@ def confusions_by_name(wrong: dict[str, Any]) -> dict[str, list[tuple[list[str],
     }
 
 
-def print_slices(by: str, slices: dict[str, dict[str, Any]], shown: int = 20) -> None:
+def print_slices(by: str, slices: dict[str, JsonObject], shown: int = 20) -> None:
     """Accuracy by slice, the worst first."""
     worst = [(visible(name), part) for name, part in list(slices.items())[:shown]]
     width = max(len(name) for name, _ in worst)
@@ -115,7 +116,7 @@ def print_slices(by: str, slices: dict[str, dict[str, Any]], shown: int = 20) ->
         print(f"… and {len(slices) - shown} more")
 
 
-def print_confidence(sure: dict[str, Any]) -> None:
+def print_confidence(sure: JsonObject) -> None:
     """How far the confidence can be trusted, and what may go unreviewed."""
     how = f"calibrated on {sure['calibrated_on']}" if sure["calibrated_on"] else "not calibrated"
     print(f"\nConfidence ({sure['kind']}, {how}) of {sure['count']} answers, the least sure first:")
@@ -133,7 +134,7 @@ def print_confidence(sure: dict[str, Any]) -> None:
         print(f"Not part of this, for want of a usable confidence: {sure['missing']} of the rows.")
 
 
-def review_sentence(sure: dict[str, Any]) -> str:
+def review_sentence(sure: JsonObject) -> str:
     """Whom to review, and how good the rest is."""
     review = sure["review"]
     if not review["count"]:
@@ -145,7 +146,7 @@ def review_sentence(sure: dict[str, Any]) -> str:
     return f"Review the least sure {review['share']:.1%} (confidence below {below}), and the rest is {right}."
 
 
-def print_comparison(comparison: dict[str, Any]) -> None:
+def print_comparison(comparison: JsonObject) -> None:
     """Better, worse or cannot tell, and by how much."""
     before, after = comparison["before"], comparison["after"]
     print(f"\nAgainst {comparison['other']}, on {comparison['count']} rows: {before} right there, {after} here")
@@ -168,7 +169,7 @@ ROWS = {
 }
 
 
-def name_rows(result: dict[str, Any]) -> None:
+def name_rows(result: JsonObject) -> None:
     """Say on stderr which rows need a word."""
     for what, lines in result["rows"].items():
         if lines:
@@ -177,12 +178,12 @@ def name_rows(result: dict[str, Any]) -> None:
         print(f"{left_out} rows are in one file only, or have no `expected`", file=sys.stderr)
 
 
-def print_json(result: dict[str, Any]) -> None:
+def print_json(result: JsonObject) -> None:
     """Everything as one JSON object, for machines."""
     print(json.dumps(result, ensure_ascii=False))
 
 
-def print_perplexity(text: dict[str, Any]) -> None:
+def print_perplexity(text: JsonObject) -> None:
     """One line of figures, and two if they are compared."""
     print(
         f"Perplexity = {text['perplexity']:.4f} (95 % interval {text['perplexity_low']:.4f} to "

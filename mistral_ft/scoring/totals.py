@@ -9,16 +9,17 @@ import json
 import os
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.row_keys import _hash, stable_hash
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import RecordError, UserError
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.metrics import FOLDS, Grade, answer_of, fields_of, grade
@@ -48,8 +49,8 @@ class Totals:
     objects: int = 0  # rows whose expected answer is a JSON object or list
     valid_objects: int = 0  # ... and whose answer is one too
     answered_fields: int = 0
-    expected_fields: Counter = field(default_factory=Counter)  # by path, the first MOST_FIELDS of them
-    right_fields: Counter = field(default_factory=Counter)
+    expected_fields: Counter[str] = field(default_factory=Counter)  # by path, the first MOST_FIELDS of them
+    right_fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, grade: Grade, wanted: dict[str, str] | None, found: dict[str, str] | None) -> None:
         """Count a row: its grade and, if JSON is wanted, the fields expected and those answered (None: no JSON)."""
@@ -129,7 +130,7 @@ class Pairing:
     expected: array = field(default_factory=_integers)
     grades: array = field(default_factory=lambda: array("d"))
 
-    def add(self, line: int, row: dict[str, Any], grade: Grade) -> None:
+    def add(self, line: int, row: JsonObject, grade: Grade) -> None:
         """Add one row."""
         name, prompt = row.get("id"), row.get("messages")
         self.lines.append(line)
@@ -165,7 +166,7 @@ class Score:
     wrong: list[bytes] = field(default_factory=list)
     texts: Texts = field(default_factory=Texts)  # plain texts, which have no answer
 
-    def add(self, line: int, raw: bytes, row: dict[str, Any], options: Options) -> None:
+    def add(self, line: int, raw: bytes, row: JsonObject, options: Options) -> None:
         """Count one row."""
         if row.get("id") is not None:
             self.ids.append(stable_hash(row["id"]))
@@ -189,7 +190,7 @@ class Score:
         found = fields_of(answer) if wanted is not None else None
         self.totals.add(graded, wanted, found)
         if options.by is not None:
-            self.slices[slice_of(row, options)].add(graded, wanted, found)
+            self.slices[slice_of(row, options.by, options.images_dir)].add(graded, wanted, found)
         if (confidence := confidence_of(row, options.confidence)) is not None:
             self.confidences.append(confidence)
             self.right.append(graded.hit)
@@ -243,7 +244,8 @@ def score_file(path: str | os.PathLike, options: Options, wrong: IO[bytes] | Non
     starts = range(0, max(1, path.stat().st_size), CHUNK_BYTES)
     score = Score()
     with contextlib.ExitStack() as stack:
-        run, progress = map, None
+        run: Callable[..., Iterable[Score]] = map
+        progress = None
         if len(starts) > 1:
             run = stack.enter_context(ProcessPoolExecutor(min(len(starts), os.cpu_count() or 1))).map
             progress = stack.enter_context(contextlib.closing(Progress("scoring", len(starts), "part")))
@@ -287,7 +289,7 @@ def _score_part(path: Path, start: int, options: Options) -> Score:
     return score
 
 
-def read_lines(path: str | os.PathLike, lines: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(path: str | os.PathLike, lines: Iterable[int]) -> Iterator[tuple[int, JsonObject]]:
     """(line number, row) of these lines of a file that was scored before, in the order of the file."""
     wanted = set(lines)
     with open(path, "rb") as file:
@@ -296,7 +298,9 @@ def read_lines(path: str | os.PathLike, lines: Iterable[int]) -> Iterator[tuple[
                 return
             if line in wanted:
                 wanted.remove(line)
-                yield line, parse_line(raw, first=line == 1)
+                row = parse_line(raw, first=line == 1)
+                assert row is not None  # a blank line has no score
+                yield line, row
 
 
 LENGTHS = (10, 20, 50, 100, 200)
@@ -304,23 +308,23 @@ MEGAPIXELS = (0.5, 1, 2, 4, 8)
 NO_VALUE = "(none)"
 
 
-def slice_of(row: dict[str, Any], options: Options) -> str:
-    """The slice that a row belongs to, as text of at most 200 characters."""
-    value: Any = row
+def slice_of(row: JsonObject, by: str, images_dir: Path) -> str:
+    """The slice that a row belongs to, as text of at most 200 characters; see `Options`."""
+    value: Json = row
     # A field's own name may hold dots.
-    for key in [options.by] if options.by in row else options.by.split("."):
+    for key in [by] if by in row else by.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    if options.by not in row and options.by == "answer_length":
+    if by not in row and by == "answer_length":
         return _bucket(len(row["expected"].strip()), LENGTHS, "characters")
-    if options.by not in row and options.by == "page_size":
-        return _page_size(row, options.images_dir)
+    if by not in row and by == "page_size":
+        return _page_size(row, images_dir)
     if value is None:
         return NO_VALUE
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _page_size(row: dict[str, Any], images_dir: Path) -> str:
+def _page_size(row: JsonObject, images_dir: Path) -> str:
     from mistral_ft.data.pages import page_size
     from mistral_ft.data.references import resolve
 
@@ -340,10 +344,10 @@ def _bucket(value: float, bounds: Sequence[float], unit: str) -> str:
     return f"up to {upper} {unit}" if upper is not None else f"more than {bounds[-1]} {unit}"
 
 
-def figures(totals: Totals) -> dict[str, Any]:
+def figures(totals: Totals) -> JsonObject:
     """The figures that follow from the sums: shares in 0..1, error rates (edits over expected length) from 0 up."""
     low, high = wilson(totals.hits, totals.count)
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "count": totals.count,
         "hits": totals.hits,
         "accuracy": totals.hits / totals.count,
@@ -371,6 +375,6 @@ def figures(totals: Totals) -> dict[str, Any]:
     return result
 
 
-def _share(hits: int, count: int) -> dict[str, Any]:
+def _share(hits: int, count: int) -> JsonObject:
     low, high = wilson(hits, count)
     return {"count": count, "accuracy": hits / count, "low": low, "high": high}

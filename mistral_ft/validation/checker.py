@@ -4,7 +4,6 @@ What the main process keeps of a row are a few numbers in arrays, below 100 byte
 files may have millions of rows.
 """
 
-import collections
 import functools
 import hashlib
 import itertools
@@ -14,11 +13,12 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mistral_ft.data.conversation import thinking_text
 from mistral_ft.data.formats import as_record
@@ -36,6 +36,7 @@ from mistral_ft.data.records import MAX_NEW_TOKENS, Record, check_record, how_to
 from mistral_ft.data.references import is_data_url, resolve, split_page
 from mistral_ft.data.rows import RowSource, parse_line
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 from mistral_ft.progress import Progress
 
 CHUNK = 16  # lines that a worker gets at a time
@@ -95,6 +96,14 @@ class Page(NamedTuple):
     height: int
 
 
+class Tokens(NamedTuple):
+    """How many tokens a row has."""
+
+    prompt: int  # without images
+    images: int
+    answer: int
+
+
 class Checked(NamedTuple):
     """What a worker found out about a row; keys are 64-bit hashes, 0 for none. `record_key` is 0 for a bad record."""
 
@@ -103,7 +112,20 @@ class Checked(NamedTuple):
     id_key: int = 0
     answer_is_object: bool | None = None
     pages: list[Page] = []  # noqa: RUF012 - never changed
-    tokens: tuple[int, int, int] | None = None  # prompt without images, images, answer
+    tokens: Tokens | None = None
+
+
+class CheckedRow(NamedTuple):
+    """A line of a file that is not blank, and what was found."""
+
+    source: Source
+    line: int  # from 1
+    raw: bytes
+    found: Checked
+
+    @property
+    def place(self) -> str:
+        return f"{self.source.path}:{self.line}"
 
 
 class RowChecker:
@@ -167,7 +189,7 @@ class RowChecker:
         if self.encoder and names and not self.fitter:
             raise ValueError(TEXT_ONLY)
         if self.encoder and len(grids) == len(names):
-            found, tokens = self._check_tokens(record, grids)
+            found, tokens = self._check_tokens(self.encoder, record, grids)
             problems += found
 
         same = [messages, record.text, data.get("tools")]
@@ -214,28 +236,30 @@ class RowChecker:
         except OSError as error:
             return f"image {reference} cannot be opened: {error.strerror}"
 
-    def _check_tokens(self, record: Record, grids: list[tuple[int, int]]) -> tuple[list[Problem], tuple[int, int, int]]:
+    def _check_tokens(
+        self, encoder: PromptEncoder, record: Record, grids: list[tuple[int, int]]
+    ) -> tuple[list[Problem], Tokens]:
         problems = []
-        ids, labels = encode_record(self.encoder, record, grids, with_answer=True)
+        ids, labels = encode_record(encoder, record, grids, with_answer=True)
         answer = [label for label in labels if label != IGNORE_INDEX]
         image_tokens = sum(rows * (columns + 1) for rows, columns in grids)
         # Plain text is no problem: train cuts it into pieces.
         problem = length_problem(len(ids), image_tokens, len(grids), self.max_seq_length)
         if problem and record.text is None:
             problems.append(Problem(LENGTH, problem))
-        learned = split_at(answer, self.encoder.control.eos)[:-1]  # each answer ends with it
+        learned = split_at(answer, encoder.control.eos)[:-1]  # each answer ends with it
         if record.text is None and learned and (length := len(learned[-1]) + 1) > MAX_NEW_TOKENS:
             text = f"the answer has {length:,} tokens; predict needs --max_new_tokens {length} or more for it"
             problems.append(Problem(LONG_ANSWER, text))
         for part, text in zip(learned, record.learned, strict=True):
-            if (back := self.encoder.decode_thinking(part) + self.encoder.decode(part)) != text:
+            if (back := encoder.decode_thinking(part) + encoder.decode(part)) != text:
                 place = next((k for k, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), len(back))
                 found = f"the answer comes back from the tokenizer as {back[place : place + 20]!r} at character"
                 problems.append(Problem(ROUND_TRIP, f"{found} {place + 1}, not as {text[place : place + 20]!r}"))
-        return problems, (len(ids) - image_tokens - len(answer), image_tokens, len(answer))
+        return problems, Tokens(len(ids) - image_tokens - len(answer), image_tokens, len(answer))
 
 
-def _check_texts(messages: Sequence[dict[str, Any]]) -> list[Problem]:
+def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
     texts = []
     for message in messages:
         content = message.get("content") or ""
@@ -280,14 +304,14 @@ def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked
 
 def check_files(
     sources: Sequence[Source], folders: tuple[Path, Path] | None, max_seq_length: int
-) -> Iterator[tuple[Source, int, bytes, Checked]]:
+) -> Generator[CheckedRow, None, None]:
     """Check files in parallel, with a progress bar.
 
     Args:
         folders: of a model, as for `RowChecker.from_folders`; None leaves out tokens and the size pages are fed at.
 
     Yields:
-        For every line that is not blank, in order: its file, its number from 1, the line itself, what was found.
+        Every line that is not blank, in order.
 
     Raises:
         UserError: if a file cannot be read.
@@ -297,13 +321,13 @@ def check_files(
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
-    window = collections.deque()
+    window: deque[tuple[Source, list[tuple[int, bytes]], Future[list[Checked | None]]]] = deque()
 
-    def take() -> Iterator[tuple[Source, int, bytes, Checked]]:
+    def take() -> Iterator[CheckedRow]:
         source, lines, future = window.popleft()
         for (line, raw), checked in zip(lines, future.result(), strict=True):
             if checked is not None:
-                yield source, line, raw, checked
+                yield CheckedRow(source, line, raw, checked)
         progress.update(len(lines))
 
     try:
@@ -321,10 +345,12 @@ def check_files(
         progress.close()
 
 
-def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source: Source) -> str:
+def mark_trained(encoder: PromptEncoder, fitter: ImageFitter | None, row: CheckedRow) -> str:
     """A good row as the model reads it, each trained token between ⟦ and ⟧, each image as [IMG]×tokens."""
-    record = Record(source.path, 1, as_record(parse_line(raw, first=True)), source.images_dir)
-    grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
+    data = parse_line(row.raw, first=row.line == 1)
+    assert data is not None  # it was checked
+    record = Record(row.source.path, row.line, as_record(data), row.source.images_dir)
+    grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths] if fitter else []
     ids, labels = encode_record(encoder, record, grids, with_answer=True)
     control = vars(encoder.control)
     image_ids = {control["image"], control["image_break"], control["image_end"]}
@@ -342,7 +368,8 @@ def mark_trained(encoder: PromptEncoder, fitter: ImageFitter, raw: bytes, source
         elif kind == "image":
             shown += f"[IMG]×{len(part)}"
         else:
-            names = [encoder.tokenizer.id_to_token(i) if i in control.values() else encoder.decode([i]) for i in part]
+            tokens = encoder.tokenizer
+            names = [(tokens.id_to_token(i) or "") if i in control.values() else encoder.decode([i]) for i in part]
             shown += "".join(f"⟦{name}⟧" if kind == "trained" else name for name in names)
     return shown
 

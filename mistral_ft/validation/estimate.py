@@ -4,12 +4,11 @@ speeds that were measured. Only the 24B was."""
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mistral_ft.data.packing import STEP, STEP_OVERHEAD, activation_bytes, choose_length, fill
-from mistral_ft.files import read_settings
+from mistral_ft.files import JsonObject, read_settings
 
 # Layers, width, and width of the MLP of Mistral-Small-3.1-24B.
 MEASURED_SHAPE = (40, 5120, 32768)
@@ -25,7 +24,7 @@ SAMPLE = 10_000  # records that the packing is tried on
 
 def is_measured(folder: str | os.PathLike) -> bool:
     """Whether a model's folder is one of the shape that was measured."""
-    text: dict[str, Any] = read_settings(Path(folder) / "config.json").get("text_config") or {}
+    text: JsonObject = read_settings(Path(folder) / "config.json").get("text_config") or {}
     return tuple(text.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")) == MEASURED_SHAPE
 
 

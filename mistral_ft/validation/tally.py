@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.validation.checker import DUPLICATE, EMPTY_FILE, LEAK, MIXED, SAME_ID, Checked, Kind, Problem, Source
+from mistral_ft.validation.checker import DUPLICATE, EMPTY_FILE, LEAK, MIXED, SAME_ID, CheckedRow, Kind, Problem, Source
 
 MOST_EXAMPLES = 10  # of each kind of problem, for the report
 
@@ -33,24 +33,24 @@ class Tally:
         # Answers that are JSON objects or not: how many, and the first one's row.
         self._formats: dict[bool, list[int]] = {}
 
-    def add(self, source: Source, line: int, checked: Checked) -> list[Problem]:
+    def add(self, checked: CheckedRow) -> list[Problem]:
         """Count a row; returns its problems."""
-        row = self.rows
+        found, row = checked.found, self.rows
         self.rows += 1
-        self.bad_rows += any(problem.kind.fatal for problem in checked.problems)
-        self._file.append(self.sources.index(source))
-        self._line.append(line)
-        self._record_key.append(checked.record_key)
-        self._id_key.append(checked.id_key)
-        self._tokens.extend(checked.tokens or (0, 0, 0))
-        for page in checked.pages:
+        self.bad_rows += any(problem.kind.fatal for problem in found.problems)
+        self._file.append(self.sources.index(checked.source))
+        self._line.append(checked.line)
+        self._record_key.append(found.record_key)
+        self._id_key.append(found.id_key)
+        self._tokens.extend(found.tokens or (0, 0, 0))
+        for page in found.pages:
             self._page_key.append(page.key)
             self._page_row.append(row)
             self._page_size.extend((page.width, page.height))
-        if checked.answer_is_object is not None:
-            self._formats.setdefault(checked.answer_is_object, [0, row])[0] += 1
-        self.counts.update(problem.kind for problem in checked.problems)
-        return checked.problems
+        if found.answer_is_object is not None:
+            self._formats.setdefault(found.answer_is_object, [0, row])[0] += 1
+        self.counts.update(problem.kind for problem in found.problems)
+        return found.problems
 
     def compare_rows(self) -> Iterator[tuple[str, Problem]]:
         """Yield (place, problem) for everything that is wrong between rows or with a whole file."""
@@ -161,7 +161,7 @@ class Tally:
 class Examples:
     """The first problems of each kind, with their places."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.found: dict[Kind, list[tuple[str, Problem]]] = collections.defaultdict(list)
 
     def add(self, place: str, problem: Problem) -> None:

@@ -33,8 +33,10 @@ case "$*" in
     echo "VIRTUAL_ENV='$PWD/.venv'" >.venv/bin/activate
     ;;
 "-m pip "*)
-    printf '#!/bin/sh\\n' >"$here/ruff"
-    chmod +x "$here/ruff"
+    for tool in ruff mypy; do
+        printf '#!/bin/sh\\n' >"$here/$tool"
+        chmod +x "$here/$tool"
+    done
     [ ! -e "$here/pip-fails" ]
     ;;
 esac

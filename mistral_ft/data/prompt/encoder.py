@@ -11,10 +11,9 @@ ever added: the prompt is what the user wrote.
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -35,34 +34,36 @@ from mistral_ft.data.prompt.versions import VERSIONS, PromptVersion, find_versio
 from mistral_ft.data.records import Record
 from mistral_ft.data.references import expand_pages
 from mistral_ft.errors import UserError
+from mistral_ft.files import JsonObject
 
 IGNORE_INDEX = -100  # what torch's cross entropy leaves out
+ABSENT = -1  # no token's id
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """Ids of the control tokens, None where the vocabulary has none; each field names its token."""
+    """Ids of the control tokens, `ABSENT` where the vocabulary has none; each field names its token."""
 
     bos: int  # <s>
     eos: int  # </s>
     pad: int  # <pad>, or where there is none <unk>
-    inst: int | None  # [INST]
-    inst_end: int | None  # [/INST]
-    system: int | None  # [SYSTEM_PROMPT]
-    system_end: int | None  # [/SYSTEM_PROMPT]
-    image: int | None  # [IMG]
-    image_break: int | None  # [IMG_BREAK]
-    image_end: int | None  # [IMG_END]
-    tools: int | None  # [AVAILABLE_TOOLS]
-    tools_end: int | None  # [/AVAILABLE_TOOLS]
-    tool_calls: int | None  # [TOOL_CALLS]
-    tool_results: int | None  # [TOOL_RESULTS]
-    tool_results_end: int | None  # [/TOOL_RESULTS]
-    tool_content: int | None  # [TOOL_CONTENT]
-    args: int | None  # [ARGS]
-    call_id: int | None  # [CALL_ID]
-    think: int | None  # [THINK]
-    think_end: int | None  # [/THINK]
+    inst: int  # [INST]
+    inst_end: int  # [/INST]
+    system: int  # [SYSTEM_PROMPT]
+    system_end: int  # [/SYSTEM_PROMPT]
+    image: int  # [IMG]
+    image_break: int  # [IMG_BREAK]
+    image_end: int  # [IMG_END]
+    tools: int  # [AVAILABLE_TOOLS]
+    tools_end: int  # [/AVAILABLE_TOOLS]
+    tool_calls: int  # [TOOL_CALLS]
+    tool_results: int  # [TOOL_RESULTS]
+    tool_results_end: int  # [/TOOL_RESULTS]
+    tool_content: int  # [TOOL_CONTENT]
+    args: int  # [ARGS]
+    call_id: int  # [CALL_ID]
+    think: int  # [THINK]
+    think_end: int  # [/THINK]
 
 
 CONTROL_TOKEN_NAMES = (
@@ -88,14 +89,14 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, version: PromptVersion = VERSIONS["v7"]):
         if missing := [name for name in version.control_tokens if tokenizer.token_to_id(name) is None]:
             raise UserError(f"the tokenizer has no {', '.join(missing)}, which prompts of version {version.name} need")
-        ids = {name: tokenizer.token_to_id(name) for name in CONTROL_TOKEN_NAMES}
-        if ids["<pad>"] is None:
-            ids["<pad>"] = tokenizer.token_to_id("<unk>")
+        found = {name: tokenizer.token_to_id(name) for name in CONTROL_TOKEN_NAMES}
+        if found["<pad>"] is None:
+            found["<pad>"] = tokenizer.token_to_id("<unk>")
         if version.inst_is_text:  # whatever the vocabulary has
-            ids["[INST]"] = ids["[/INST]"] = None
+            found["[INST]"] = found["[/INST]"] = None
         if not version.thinking:
-            ids["[THINK]"] = ids["[/THINK]"] = None
-        self.control = ControlTokens(*ids.values())
+            found["[THINK]"] = found["[/THINK]"] = None
+        self.control = ControlTokens(*(ABSENT if i is None else i for i in found.values()))
         self.tokenizer, self.version = tokenizer, version
         # SentencePiece models expect a space before the first word of a text.
         self.space = " " if is_sentencepiece(tokenizer) else ""
@@ -111,10 +112,10 @@ class PromptEncoder:
 
     def encode(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[JsonObject],
         grids: Iterable[tuple[int, int]] = (),
         expected: str | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[JsonObject] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Lay out one conversation.
 
@@ -131,11 +132,11 @@ class PromptEncoder:
         Raises:
             ValueError: if the number of grids is not the number of images, or the version has no place for a message.
         """
-        control, version, grids = self.control, self.version, iter(grids)
+        control, version, grids_left = self.control, self.version, iter(grids)
         if expected is not None:
             messages = [*messages, {"role": "assistant", "content": expected, "weight": 1}]
         merged = merge_messages(expand_pages(messages))
-        if control.think is None and any(map(thinks, merged)):
+        if control.think == ABSENT and any(map(thinks, merged)):
             raise ValueError(
                 f"thinking: the model's prompt, of version {version.name}, has no [THINK]; "
                 "leave it out, or take a model that thinks"
@@ -151,7 +152,7 @@ class PromptEncoder:
             if message["role"] == "system":
                 part = [control.system, *self._texts(message["content"]), control.system_end]
             elif message["role"] == "user":
-                part = self._user(message["content"], grids, system if places.get(version.system) == k else "")
+                part = self._user(message["content"], grids_left, system if places.get(version.system) == k else "")
                 if tools and places[version.tools] == k:
                     part = [control.tools, *self._text(tools_text(tools)), control.tools_end, *part]
             elif message["role"] == "assistant":
@@ -166,11 +167,11 @@ class PromptEncoder:
             ids += part
             learned = message["role"] == "assistant" and message.get("weight")
             labels += part if learned else [IGNORE_INDEX] * len(part)
-        if next(grids, None) is not None:
+        if next(grids_left, None) is not None:
             raise ValueError("more image grids than images")
         return ids, labels
 
-    def _arrange(self, merged: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    def _arrange(self, merged: list[JsonObject]) -> tuple[list[JsonObject], str]:
         """Messages in the order in which the version writes them, and the system text that goes with the user's."""
         if self.version.sorted_results:
             merged = _sort_results(merged)
@@ -223,7 +224,7 @@ class PromptEncoder:
             inside = inside and i != self.control.think_end
         return found
 
-    def _call(self, ids: list[int]) -> dict[str, Any]:
+    def _call(self, ids: list[int]) -> JsonObject:
         head, *arguments = split_at(ids, self.control.args)
         name, *call_id = split_at(head, self.control.call_id)
         call = {"name": self._plain(name), "arguments": parsed("".join(map(self._plain, arguments)))}
@@ -235,7 +236,7 @@ class PromptEncoder:
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(self.space + text, add_special_tokens=False).ids if text else []
 
-    def _texts(self, blocks: list[dict[str, Any]]) -> list[int]:
+    def _texts(self, blocks: list[JsonObject]) -> list[int]:
         """Texts and thinking, each encoded by itself."""
         ids: list[int] = []
         for block in blocks:
@@ -246,7 +247,7 @@ class PromptEncoder:
                 ids += [] if block.get("closed") is False else [self.control.think_end]
         return ids
 
-    def _user(self, blocks: list[dict[str, Any]], grids: Iterable[tuple[int, int]], system: str) -> list[int]:
+    def _user(self, blocks: list[JsonObject], grids: Iterator[tuple[int, int]], system: str) -> list[int]:
         # mistral-common: an image that follows nothing but text moves to the front.
         *before, final = [block["type"] for block in blocks] or [None]
         if final == "image" and before and "image" not in before:
@@ -270,7 +271,7 @@ class PromptEncoder:
             ids += self.image_tokens(*grid)
         return [*ids, self.control.inst_end]
 
-    def _calls(self, calls: Sequence[dict[str, Any]], beside_text: bool) -> list[int]:
+    def _calls(self, calls: Sequence[JsonObject], beside_text: bool) -> list[int]:
         control, version = self.control, self.version
         if not calls:
             return []
@@ -302,16 +303,18 @@ class PromptEncoder:
     def image_tokens(self, rows: int, columns: int) -> list[int]:
         """The ids that stand for an image of `rows` x `columns` tokens: rows * (columns + 1) of them."""
         control = self.control
+        if ABSENT in (control.image, control.image_break, control.image_end):
+            raise ValueError("shows an image, but the model's tokenizer has no tokens for images; leave it out")
         ids = ([control.image] * columns + [control.image_break]) * rows
         ids[-1] = control.image_end
         return ids
 
 
-def _sort_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sort_results(messages: list[JsonObject]) -> list[JsonObject]:
     """Messages with each run of tool results in the order of the calls before it, as mistral-common does."""
-    arranged: list[dict[str, Any]] = []
-    for is_result, run in itertools.groupby(messages, lambda message: message["role"] == "tool"):
-        run = list(run)
+    arranged: list[JsonObject] = []
+    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        run = list(group)
         if is_result:
             asked = [call.get("id") for call in arranged[-1].get("tool_calls") or []]
             run.sort(key=lambda message: asked.index(i) if (i := message.get("tool_call_id")) in asked else len(asked))
@@ -319,7 +322,7 @@ def _sort_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return arranged
 
 
-def split_at(ids: Sequence[int], mark: int | None) -> list[list[int]]:
+def split_at(ids: Sequence[int], mark: int) -> list[list[int]]:
     """The ids before, between and behind the marks."""
     parts: list[list[int]] = [[]]
     for i in ids:

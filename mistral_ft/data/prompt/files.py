@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mistral_ft.data.conversation import to_json
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.prompt.encoder import ABSENT, PromptEncoder
 from mistral_ft.files import read_settings, write_json
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -36,7 +36,7 @@ def save_prompt_files(base: str | os.PathLike, folder: str | os.PathLike) -> str
     encoder.tokenizer.encode_special_tokens = False
     encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     layout = {name: value for name, value in asdict(encoder.version).items() if name != "models"}
-    layout |= {"space": encoder.space, "thinking": encoder.control.think is not None}
+    layout |= {"space": encoder.space, "thinking": encoder.control.think != ABSENT}
     settings = f"{{%- set version = {to_json(layout)} -%}}\n"
     (folder / "chat_template.jinja").write_text(settings + CHAT_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
 
