@@ -91,7 +91,7 @@ def _load(url: str) -> tuple[bytes, str]:
     data = _decode(url) if kind == "data" else _read(url)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return data, image.format.lower()
+            return data, str(image.format).lower()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise ValueError(f"{url[:60]} holds no image that Pillow can open") from None
 

@@ -196,12 +196,7 @@ class Measures(NamedTuple):
 
 
 def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
-    """What the index knows of a row.
-
-    Returns:
-        Its measures, and the values it can be filtered by: its own fields, dots for nested ones, and those in
-        `COMPUTED`.
-    """
+    """A row's measures, and values to filter by: its fields, dots for nested ones, and `COMPUTED` ones."""
     answer, expected, confidence = answer_of(row), row.get("expected"), confidence_of(row)
     state = FAILED * (row.get("error") is not None) | ANSWERED * (answer is not None)
     values: dict[str, str] = {}

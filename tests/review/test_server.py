@@ -245,6 +245,15 @@ class TestRecord:
         two = client.get("/api/token_view?row=5").json()
         assert [part["grid"] for part in two["stretches"] if part["kind"] == "image"] == [[2, 3], [2, 3]]
 
+    def test_a_model_that_reads_text_only_has_no_tokens_for_pages(self, serve, pages, tmp_path):
+        (tmp_path / "text").mkdir()
+        shutil.copy(TINY / "tokenizer.json", tmp_path / "text")
+        (tmp_path / "text/config.json").write_text("{}")
+        client = serve(pages / "train.jsonl", model=tmp_path / "text")
+        answer = client.get("/api/token_view?row=0")
+        reason = "shows an image, but the model reads text only; leave it out, or take a model with a vision tower"
+        assert (answer.status_code, answer.json()) == (422, {"error": reason})
+
     def test_without_a_model_there_is_no_token_view(self, serve):
         answer = serve().get("/api/token_view?row=0")
         assert answer.status_code == 422

@@ -54,6 +54,14 @@ def test_a_missing_or_spare_grid_is_an_error(encoder):
         encoder.encode([user([IMAGE])], [(1, 1), (1, 1)])
 
 
+def test_a_vocabulary_without_image_tokens_takes_text_only():
+    renamed = (TINY / "tokenizer.json").read_text(encoding="utf-8").replace('"[IMG]"', '"[GONE]"')
+    encoder = PromptEncoder(Tokenizer.from_str(renamed))
+    assert encoder.encode([user("a")], expected="") == ([1, 3, 129, 4, 2], [X, X, X, X, 2])
+    with pytest.raises(ValueError, match="^shows an image, but the model's tokenizer has no tokens for images"):
+        encoder.encode([user([IMAGE])], [(1, 1)])
+
+
 def test_the_wrong_pattern_of_the_base_is_mended(tmp_path):
     base = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     save_prompt_files(TINY, tmp_path)
