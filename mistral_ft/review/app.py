@@ -6,8 +6,6 @@ as text, never as HTML. Nothing a request says becomes a path: images are named 
 
 import asyncio
 import contextlib
-import json
-import re
 import traceback
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -25,11 +23,12 @@ from starlette.staticfiles import StaticFiles
 
 from mistral_ft.data.pages import page_sizes
 from mistral_ft.files import JsonObject
-from mistral_ft.review.desk import SHOWN, SORTS, Desk, Query, run_jobs
+from mistral_ft.review.desk import Desk, run_jobs
 from mistral_ft.review.export import export
 from mistral_ft.review.index import COMPUTED, EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED
 from mistral_ft.review.log import Outdated, Review
 from mistral_ft.review.page_files import MOST_PAGES, find_page, render_page
+from mistral_ft.review.requests import body_of, int_of, query_of
 from mistral_ft.review.runs import read_plot, recent_runs
 from mistral_ft.review.scores import score_rows
 from mistral_ft.review.shown import (
@@ -53,7 +52,6 @@ from mistral_ft.scoring.metrics import answer_of
 from mistral_ft.scoring.mistakes import KINDS
 
 UI = Path(__file__).parents[2] / "ui"
-MOST_BODY = 4_000_000  # bytes of a request
 MOST_ROWS = 200  # per request
 MOST_VALUES = 500  # of a field that are offered as filters
 MOST_VIEWS = 16  # lists that are kept, 4 bytes a row
@@ -366,41 +364,3 @@ def report(task: asyncio.Task) -> None:
     """Print what a task died of."""
     if not task.cancelled() and task.exception():
         traceback.print_exception(task.exception())
-
-
-async def body_of(request: Request) -> JsonObject:
-    """The JSON object of a request."""
-    if request.headers.get("content-type", "").split(";")[0] != "application/json":
-        raise HTTPException(415, "expected application/json")
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > MOST_BODY:
-            raise HTTPException(413, f"a request may have {MOST_BODY:,} bytes")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise HTTPException(400, "expected a JSON object")
-    return found
-
-
-def int_of(request: Request, name: str, default: int, most: int = 2**62) -> int:
-    """A parameter that is a number from 0 on."""
-    text = request.query_params.get(name, str(default))
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise HTTPException(400, f"`{name}` must be a number")
-    return min(int(text), most) if int(text) >= 0 else default
-
-
-def query_of(request: Request) -> Query:
-    """What a request asks to be listed."""
-    get = request.query_params.get
-    show, sort = get("show", "all"), get("sort", "file")
-    if show not in SHOWN or sort not in SORTS:
-        raise HTTPException(400, "no such filter or order")
-    names, values = request.query_params.getlist("field"), request.query_params.getlist("value")
-    if len(names) != len(values):
-        raise HTTPException(400, "every `field` needs a `value`")
-    return Query(get("text", ""), show, tuple(zip(names, values, strict=True)), sort, get("descending") == "1")

@@ -44,20 +44,9 @@ from mistral_ft.training.evaluation import (
     is_worn_out,
     verdict,
 )
+from mistral_ft.training.random_state import random_state, set_random_state
 from mistral_ft.training.run_log import RunLog
 from mistral_ft.training.signals import Stop, Timer
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    """Of torch's generators on the CPU and on the GPU in use."""
-    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_gpu]
-
-
-def _set_random_state(state: list[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for on_gpu in state[1:]:
-        torch.cuda.set_rng_state(on_gpu)
 
 
 def _summed_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -223,12 +212,12 @@ class FinetuneTrainer(Trainer):
         self._tokens += inputs.num_tokens
         self.saw_images |= inputs.pixel_values is not None
         if not self._losses:
-            self._random_state = _random_state(self.args.device)
+            self._random_state = random_state(self.args.device)
         self.seeds.draw()
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:
-            _set_random_state(self._random_state)
+            set_random_state(self._random_state)
             self._rescue(model)
             raise
         self._losses.append(loss)
