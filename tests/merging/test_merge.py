@@ -393,7 +393,7 @@ KILLED = """
 import os, signal, sys
 import merge_lora_weights, transformers
 import mistral_ft.model.adapter, mistral_ft.merging.merge, mistral_ft.model.card, mistral_ft.merging.upload
-from mistral_ft.errors import run_step
+from mistral_ft.cli import run_step
 from transformers import AutoConfig
 from huggingface_hub import ModelCardData
 
