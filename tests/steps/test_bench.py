@@ -311,9 +311,8 @@ def test_documented_commands_parse(script, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["bench.two_gpus {} --tiny --pages 12 --steps 1", "bench.merge_speed {} --tiny"])
-def test_as_a_user_runs_it(tmp_path, command):
-    words = command.format(tmp_path / "work").split()
+def test_merge_speed_as_a_user_runs_it(tmp_path):
+    words = ["bench.merge_speed", str(tmp_path / "work"), "--tiny"]
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
