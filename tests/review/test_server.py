@@ -1296,6 +1296,7 @@ class TestProcess:
             code, _, err = run_cli("server", *arguments)
             assert (code, err.startswith(line), err.count("\n")) == (2, True, 1), err
 
+    @pytest.mark.slow
     def test_a_large_file_is_indexed_by_other_processes(self, tmp_path):
         text = (json.dumps(ROWS[1]) + "\n") * 1000
         with open(tmp_path / "p.jsonl", "w") as file:

@@ -90,6 +90,7 @@ def test_two_processes_train_what_one_does(pages, train_tiny, tmp_path, layout, 
         assert (theirs[name] - tensor).norm() <= 2e-3 * tensor.norm(), name
 
 
+@pytest.mark.slow
 def test_two_processes_answer_what_one_does(pages, run_cli, tmp_path):
     rows = read_rows(pages / "train.jsonl")
     rows[3]["messages"][-1]["content"][1]["image"] = "gone.png"
