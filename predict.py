@@ -104,14 +104,10 @@ def default_name(model: str) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
-def count_expected(rows: Iterable[dict[str, Any]]) -> int:
-    """How many rows say what is expected."""
-    return sum(row.get("expected") is not None for row in rows)
-
-
-def count_hits(rows: Iterable[dict[str, Any]]) -> int:
-    """How many of them are right."""
-    return sum(is_hit(row) for row in rows if row.get("expected") is not None)
+def count_right(rows: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """How many rows are right, of how many that say what is expected."""
+    right = [is_hit(row) for row in rows if row.get("expected") is not None]
+    return sum(right), len(right)
 
 
 def main() -> int:
@@ -178,7 +174,7 @@ def main() -> int:
 
     # 4. Answers, batch by batch.
     rows = [record.row for record in records]
-    hits, scored = count_hits(predictions.done.values()), count_expected(predictions.done.values())
+    hits, scored = count_right(predictions.done.values())
     progress = Progress("predicting", len(rows), "row", done=len(predictions.done))
     mine = left[rank() :: world_size()]
     try:
@@ -193,7 +189,8 @@ def main() -> int:
                     if rank() == 0:
                         finished = {index: answer.write_into(rows[index]) for index, answer in answers.items()}
                         predictions.add(finished)
-                        hits, scored = hits + count_hits(finished.values()), scored + count_expected(finished.values())
+                        more_hits, more_scored = count_right(finished.values())
+                        hits, scored = hits + more_hits, scored + more_scored
                     text = f"accuracy {hits}/{scored} = {hits / scored:.3f}" if scored else ""
                     progress.update(len(answers), text)
     except (KeyboardInterrupt, WorkerLost) as stop:
