@@ -143,10 +143,10 @@ def main() -> int:
     taken = "--no-load_in_4bit" if args.load_in_4bit is False else taken
     four_bits = "--load_in_4bit" + (f" instead of {taken}" if taken else "")
     check_size(folders.base, folders.folder, device, folders.rounding, smaller=four_bits)
-    encoder, fitter = folders.load_prompt()
+    processor = folders.load_processor()
 
     # 3. The plan: batches of like length, and what an earlier run has done of them.
-    search, lengths = search_settings(args), page_lengths(records, encoder, fitter)
+    search, lengths = search_settings(args), page_lengths(records, processor)
     size = None if args.batch_size == "auto" else args.batch_size
     beams = args.num_beams if search else None
     texts = {row for row, record in enumerate(records) if record.text is not None}
@@ -180,7 +180,7 @@ def main() -> int:
     try:
         if left:
             generator = Generator(
-                folders, encoder, fitter, device, args.max_new_tokens, search, args.seed, args.max_seq_length
+                folders, processor, device, args.max_new_tokens, search, args.seed, args.max_seq_length
             )
             found = generator.answer(records, mine)
             # In turns, so that rows reach the disk in the order of the plan, whoever answered them.

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mistral_ft.cli import ArgumentParser, run_step
+from mistral_ft.data.predictions import find_predictions
 from mistral_ft.errors import UserError
 from mistral_ft.folders import locate
 
@@ -52,7 +53,7 @@ def check_input(name: str) -> Path:
     path = Path(name.removesuffix(".partial") if name.endswith(".jsonl.partial") else name)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
-    if not path.is_file() and not Path(f"{path}.partial").is_file():
+    if not find_predictions(path).is_file():
         raise UserError(f"{path}: no such file")
     return path
 

@@ -82,8 +82,7 @@ def main() -> None:
     from transformers import set_seed
 
     from mistral_ft.data.dataset import RecordDataset, cut_texts, measure_records
-    from mistral_ft.data.image_fitter import ImageFitter
-    from mistral_ft.data.prompt.encoder import PromptEncoder
+    from mistral_ft.data.processor import Processor
     from mistral_ft.folders import find_model_folder, locate
     from mistral_ft.model.device import pick_device, print_peak_memory, quiet_libraries
     from mistral_ft.model.loading import check_model_folder, held_bytes, load_base
@@ -128,13 +127,13 @@ def main() -> None:
     four_bits = "--load_in_4bit True" + (f" instead of {taken}" if taken else "")
     processes = world_size() if speed_args.shard_base else 1
     check_size(model_args.model_id, base, device, rounding, processes, four_bits, bool(args.given.get("use_cpu")))
-    encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    if fitter is None and (lora_args.vision_lora or lora_args.train_projector):
+    processor = Processor.from_folder(base)
+    if processor.fitter is None and (lora_args.vision_lora or lora_args.train_projector):
         raise UserError(f"--vision_lora and --train_projector: {model_args.model_id} has no vision tower")
-    records, held_out = (cut_texts(some, encoder, data_args.max_seq_length) for some in (records, held_out))
+    records, held_out = (cut_texts(some, processor.encoder, data_args.max_seq_length) for some in (records, held_out))
     held = [False] * len(records) + [True] * len(held_out)
     records = [*records, *held_out]
-    sizes = measure_records(records, encoder, fitter, data_args.max_seq_length)
+    sizes = measure_records(records, processor, data_args.max_seq_length)
     if eval_args.eval_fraction is not None:
         held = hold_out(records, eval_args.eval_fraction, args.seed)
     (records, sizes), (held_out, held_sizes) = divide(records, sizes, held)
@@ -143,7 +142,7 @@ def main() -> None:
     print(f"{len(records)} records, {sum(lengths):,} tokens, the longest {max(lengths):,}")
     evaluator = None
     if held_out:
-        held_out, answered = RecordDataset(held_out, encoder, fitter), eval_args.answered(speed_args.shard_base)
+        held_out, answered = RecordDataset(held_out, processor), eval_args.answered(speed_args.shard_base)
         evaluator = Evaluator(held_out, held_sizes, answered)
         print(f"{len(held_out)} records to evaluate on, {len(evaluator.answered)} of them answered")
 
@@ -182,7 +181,7 @@ def main() -> None:
             patience=eval_args.early_stopping_patience,
         )
         try:
-            dataset = RecordDataset(records, encoder, fitter)
+            dataset = RecordDataset(records, processor)
             run.pack_length = plan_training(trainer, dataset, sizes, speed_args, run.pack_length)
 
             # 7. Training.

@@ -61,11 +61,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft.data.image_fitter import ImageFitter
     from mistral_ft.data.pages import limit_pixels
-    from mistral_ft.data.prompt.encoder import PromptEncoder
+    from mistral_ft.data.processor import Processor
     from mistral_ft.data.records import find_images_dir
-    from mistral_ft.folders import find_prompt_folders, locate
+    from mistral_ft.folders import locate
     from mistral_ft.progress import Progress
     from mistral_ft.validation.checker import CheckedRow, Source, check_files, describe, mark_trained
     from mistral_ft.validation.estimate import describe_training, is_measured
@@ -79,17 +78,16 @@ def main() -> int | None:
     ]
 
     # 2. The model's tokenizer and page settings.
-    folders = encoder = fitter = None
-    if args.model_id:
-        folders = find_prompt_folders(locate(args.model_id))
-        encoder, fitter = PromptEncoder.from_folder(folders[0]), ImageFitter.from_folder(folders[1])
+    model = locate(args.model_id) if args.model_id else None
+    processor = Processor.from_model(model) if model else None
+    fitter = processor.fitter if processor else None
 
     # 3. Row by row, on all cores.
     tally, examples, kept = Tally(sources), Examples(), 0
     shown: list[CheckedRow] = []
     with contextlib.ExitStack() as files:
         clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
-        rows = files.enter_context(contextlib.closing(check_files(sources, folders, args.max_seq_length or 32768)))
+        rows = files.enter_context(contextlib.closing(check_files(sources, model, args.max_seq_length or 32768)))
         for row in rows:
             problems = tally.add(row)
             for problem in problems:
@@ -109,11 +107,11 @@ def main() -> int | None:
         examples.add(place, problem)
 
     # 5. What it comes to.
-    if encoder:
+    if processor:
         for row in shown:
-            print(f"{row.place}: {mark_trained(encoder, fitter, row)}")
+            print(f"{row.place}: {mark_trained(processor, row)}")
     training = []
-    if folders and is_measured(folders[1]) and len(lengths := tally.lengths()):
+    if processor and is_measured(processor.folder) and len(lengths := tally.lengths()):
         training = list(describe_training(lengths, tally.longest()))
     for text in (*tally.summary(fitter), *training, *tally.verdict()):
         print(text)

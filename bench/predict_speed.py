@@ -21,7 +21,7 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from bench import gpu, steps
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.pages import open_image, page_size
+from mistral_ft.data.pages import open_image
 from mistral_ft.data.records import read_records
 from mistral_ft.model.device import pick_device
 from mistral_ft.model.loading import load_base
@@ -54,7 +54,8 @@ def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> fl
     device, inputs = model.device, []
     for number in range(count + 1):
         example, paths = dataset[number], dataset.records[number].image_paths
-        pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path, dataset.fitter))) for path in paths]
+        fitter = dataset.processor.fitter
+        pages = [torch.from_numpy(fitter.pixels(open_image(path, fitter))) for path in paths]
         inputs.append(
             {
                 "input_ids": torch.tensor([example["input_ids"]], device=device),
@@ -92,16 +93,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         folders = ModelFolders.find(make_adapter(args.model, args.data, output, args.gpu_memory_gib))
         device, peak = pick_device(args.gpu_memory_gib), gpu.matmul_peak()
-        encoder, fitter = folders.load_prompt()
+        processor = folders.load_processor()
         model = folders.adapter.put_on(load_base(args.model, device)).eval()
-        usual = usual_loop(model, RecordDataset(records, encoder, fitter, False), args.usual, args.new_tokens)
+        usual = usual_loop(model, RecordDataset(records, processor, False), args.usual, args.new_tokens)
         del model
         gpu.free_memory()
 
-        lengths = page_lengths(records, encoder, fitter)
+        lengths = page_lengths(records, processor)
         batches = plan(lengths, folders, device, args.new_tokens)
         started = time.perf_counter()
-        generator = Generator(folders, encoder, fitter, device, args.new_tokens)
+        generator = Generator(folders, processor, device, args.new_tokens)
         gpu.synchronize()
         loading = time.perf_counter() - started
 
@@ -137,10 +138,7 @@ def main() -> None:
 
     text, vision = core.language_model.layers, core.vision_tower.transformer.layers
     n = sum(p.numel() for p in text.parameters())
-    patches = [
-        4 * sum(r * c for r, c in [fitter.grid(*page_size(p, fitter)) for p in record.image_paths])
-        for record in records
-    ]
+    patches = [4 * sum(r * c for r, c in processor.grids(record.image_paths)) for record in records]
     width = core.config.vision_config.hidden_size
     tower = sum(2 * sum(p.numel() for p in vision.parameters()) * k + 4 * k * k * width * len(vision) for k in patches)
     weights = sum(p.numel() * 2 for p in text.parameters()) + 2 * decoder.model.lm_head.weight.numel()

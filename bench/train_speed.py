@@ -21,9 +21,8 @@ from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from bench import gpu, steps
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.model.device import pick_device
 from mistral_ft.model.loading import load_base
@@ -39,8 +38,8 @@ class UsualRecipe:
 
     def __init__(self, folder: Path, data: Path, device: torch.device, dropout: float):
         self.device = device
-        self.encoder, self.fitter = PromptEncoder.from_folder(folder), ImageFitter.from_folder(folder)
-        self.dataset = RecordDataset(read_records([data]), self.encoder, self.fitter)
+        self.processor = Processor.from_folder(folder)
+        self.dataset = RecordDataset(read_records([data]), self.processor)
         model = load_base(folder, device)
         self.our_class, self.our_attention = model.model.__class__, model.config.vision_config._attn_implementation
         self.dtype = model.dtype
@@ -59,7 +58,8 @@ class UsualRecipe:
     def inputs(self, number: int) -> dict[str, torch.Tensor]:
         example = self.dataset[number]
         paths = self.dataset.records[number].image_paths
-        pages = [torch.from_numpy(self.fitter.pixels(open_image(path, self.fitter))) for path in paths]
+        fitter = self.processor.fitter
+        pages = [torch.from_numpy(fitter.pixels(open_image(path, fitter))) for path in paths]
         batch = {
             "input_ids": torch.tensor([example["input_ids"]]),
             "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64),
@@ -110,7 +110,7 @@ class UsualRecipe:
         text, _ = take_over_layers(self.model, compiled=gpu.on_gpu(), packing=True)
         text.recomputed = text.count // 2
         length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128
-        trainer.use_packs(self.dataset, [numbers], self.encoder.control.pad, length)
+        trainer.use_packs(self.dataset, [numbers], self.processor.encoder.control.pad, length)
         batch = trainer.data_collator([trainer.train_dataset[0]])
         loss = trainer.compute_loss(self.model, batch.to(self.device))
         loss.backward()

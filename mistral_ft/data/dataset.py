@@ -1,4 +1,4 @@
-"""From records to batches: checks of every page ahead of training, the dataset and the collator."""
+"""From records to examples: checks of every page ahead of training, and the dataset."""
 
 import dataclasses
 import os
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from mistral_ft.data.image_fitter import TEXT_ONLY, ImageFitter, to_patches
+from mistral_ft.data.image_fitter import to_patches
 from mistral_ft.data.pages import open_image
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import IGNORE_INDEX, PromptEncoder, encode_record, length_problem
 from mistral_ft.data.records import Record
 from mistral_ft.distributed import gather, rank, world_size
@@ -22,12 +23,9 @@ class RecordDataset:
     "image_sizes": [(height, width)]}; labels are all `IGNORE_INDEX` if `with_answers` is False.
     """
 
-    def __init__(
-        self, records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, with_answers: bool = True
-    ):
+    def __init__(self, records: Sequence[Record], processor: Processor, with_answers: bool = True):
         self.records = records
-        self.encoder = encoder
-        self.fitter = fitter
+        self.processor = processor
         self.with_answers = with_answers
 
     def __len__(self) -> int:
@@ -35,26 +33,20 @@ class RecordDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises RecordError if an image of the record cannot be opened."""
-        record = self.records[index]
+        record, fitter = self.records[index], self.processor.fitter
         try:
-            images = [open_image(path, self.fitter) for path in record.image_paths]
-            grids = [self.fitter.grid(*image.size) for image in images]
+            images = [open_image(path, fitter) for path in record.image_paths]
+            grids = [fitter.grid(*image.size) for image in images]
         except ValueError as error:
             raise record.error(str(error)) from None
-        input_ids, labels = encode_record(self.encoder, record, grids, self.with_answers)
-        pixels = [self.fitter.pixels(image) for image in images]
+        input_ids, labels = encode_record(self.processor.encoder, record, grids, self.with_answers)
+        pixels = [fitter.pixels(image) for image in images]
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "pixel_values": [to_patches(page, self.fitter.patch_size, self.fitter.cell_size) for page in pixels],
+            "pixel_values": [to_patches(page, fitter.patch_size, fitter.cell_size) for page in pixels],
             "image_sizes": [page.shape[1:] for page in pixels],
         }
-
-
-def check_images(records: Sequence[Record], fitter: ImageFitter | None) -> None:
-    """Raises RecordError for the first record with an image if there is no fitter: the model reads text only."""
-    if fitter is None and (record := next((record for record in records if record.image_paths), None)):
-        raise record.error(TEXT_ONLY)
 
 
 class RecordSize(NamedTuple):
@@ -82,9 +74,7 @@ def cut_texts(records: Sequence[Record], encoder: PromptEncoder, max_seq_length:
     return cut
 
 
-def measure_records(
-    records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None, max_seq_length: int
-) -> list[RecordSize]:
+def measure_records(records: Sequence[Record], processor: Processor, max_seq_length: int) -> list[RecordSize]:
     """Open every page and encode every record once, ahead of training, so that nothing bad turns up hours later.
 
     Of several processes each does its share, and all know the whole.
@@ -99,7 +89,8 @@ def measure_records(
         UserError: naming the records whose page cannot be opened, that are too long, or that the model's prompt has no
             place for.
     """
-    check_images(records, fitter)
+    processor.check_images(records)
+    fitter = processor.fitter
 
     def grid(path: str) -> tuple[int, int] | str:
         try:
@@ -132,7 +123,7 @@ def measure_records(
             errors.append(record.error(broken))
             continue
         try:
-            input_ids, labels = encode_record(encoder, record, found, with_answer=True)
+            input_ids, labels = encode_record(processor.encoder, record, found, with_answer=True)
         except ValueError as error:
             errors.append(record.error(str(error)))
             continue

@@ -19,6 +19,26 @@ from mistral_ft.files import JsonObject, atomic_write, check_target
 PREDICTED = ("actual", "thinking", "confidence", "finish_reason", "error")  # the fields that predict adds to a record
 
 
+def partial_of(path: str | os.PathLike) -> Path:
+    """Where finished rows are until the file is."""
+    return Path(f"{path}.partial")
+
+
+def find_predictions(path: str | os.PathLike) -> Path:
+    """The file itself, or as long as there is only its unfinished one, that."""
+    partial = partial_of(path)
+    return partial if not Path(path).exists() and partial.exists() else Path(path)
+
+
+def row_in(path: Path, line: JsonObject | None) -> JsonObject | None:
+    """The row that a line of a file holds, as `find_predictions` found it; None if it holds none.
+
+    The first line of an unfinished one holds its settings.
+    """
+    row = line.get("row") if line and path.suffix == ".partial" else line
+    return row if isinstance(row, dict) else None
+
+
 class Predictions:
     """Rows on their way into a predictions file.
 
@@ -39,7 +59,7 @@ class Predictions:
         self, path: str | os.PathLike, settings: JsonObject, plan: Sequence[Sequence[int]], overwrite: bool = False
     ):
         self.path = check_target(path)
-        self.partial = Path(f"{path}.partial")
+        self.partial = partial_of(path)
         self.plan = [list(batch) for batch in plan]
         self.done: dict[int, JsonObject] = {}
         self._settings = settings

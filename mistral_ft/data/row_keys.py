@@ -1,8 +1,7 @@
-"""What tells one row from another."""
+"""What tells one row from another: its key, its identity and its name."""
 
 import hashlib
 import json
-from typing import NamedTuple
 
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.files import Json, JsonObject
@@ -10,29 +9,50 @@ from mistral_ft.files import Json, JsonObject
 _encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for every row
 
 
-def stable_hash(value: Json) -> int:
-    """64 bits of a JSON value's hash, the same in every process."""
-    return _hash(_encode(value).encode())
-
-
-def _hash(data: bytes) -> int:
+def hash_bytes(data: bytes) -> int:
+    """64 bits of a hash, the same in every process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
-class RowKey(NamedTuple):
-    """Hashes of a row, as in `scoring.Pairing`."""
-
-    key: int
-    identity: int
-    expected: int
+def hash_json(value: Json) -> int:
+    """64 bits of a JSON value's hash."""
+    return hash_bytes(_encode(value).encode())
 
 
-def key_of(row: JsonObject) -> RowKey:
-    """What a row is known by."""
-    name, prompt, expected = row.get("id"), row.get("messages"), row.get("expected")
-    key = stable_hash(["prompt", prompt] if name is None else ["id", name])
-    if name is prompt is None:  # known by its fields, without those that predict adds
-        identity = stable_hash({field: value for field, value in row.items() if field not in PREDICTED})
-    else:
-        identity = stable_hash([name, prompt])
-    return RowKey(key, identity, stable_hash(expected.strip() if isinstance(expected, str) else expected))
+def key_of(row: JsonObject) -> int:
+    """What pairs rows of two files: a hash of the row's id, or where it has none of its prompt or plain text."""
+    if row.get("id") is not None:
+        return hash_json(["id", row["id"]])
+    return hash_json(["prompt", row["messages"] if "messages" in row else row.get("text")])
+
+
+def identity_of(row: JsonObject) -> int:
+    """A hash of id and prompt together: equal only if it is the same row of the same data.
+
+    A row that has neither is known by its fields, without those that predict adds.
+    """
+    name, prompt = row.get("id"), row.get("messages")
+    if name is prompt is None:
+        return hash_json({field: value for field, value in row.items() if field not in PREDICTED})
+    return hash_json([name, prompt])
+
+
+def expected_of(row: JsonObject) -> int:
+    """A hash of the expected answer, whatever it is."""
+    expected = row.get("expected")
+    return hash_json(expected.strip() if isinstance(expected, str) else expected)
+
+
+def row_name(identity: int, before: int) -> str:
+    """A row's name in a review log, which stays the same while the file is written, finished and sorted.
+
+    Args:
+        identity: of `identity_of`.
+        before: how many rows of the same identity stand before it in the file.
+    """
+    return f"{identity & (1 << 64) - 1:016x}" + (f"-{before}" if before else "")
+
+
+def identity_in(name: str) -> int:
+    """The identity in a row's name."""
+    return int.from_bytes(bytes.fromhex(name.split("-")[0]), "big", signed=True)

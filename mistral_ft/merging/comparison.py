@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mistral_ft.data.collators import PromptCollator
-from mistral_ft.data.dataset import RecordDataset, check_images
-from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.dataset import RecordDataset
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import Record
 from mistral_ft.model.adapter import Adapter
 from mistral_ft.model.loading import load_base
@@ -79,14 +78,14 @@ class MergeComparer:
 
     def __init__(self, records: Sequence[Record], base: Path, adapter: Adapter):
         self.base, self.adapter = base, adapter
-        self.encoder = PromptEncoder.from_folder(base)
-        fitter = ImageFitter.from_folder(base)
-        check_images(records, fitter)
+        processor = Processor.from_folder(base)
+        self.encoder = processor.encoder
+        processor.check_images(records)
         texts = [record.text for record in records if record.text is not None]
         self.text_count = len(texts)
         self.pieces = [piece for text in texts for piece in self.encoder.pieces(text, MAX_TEXT_TOKENS)]
         asked = [record for record in records if record.text is None]
-        self.dataset = RecordDataset(asked, self.encoder, fitter, with_answers=False)
+        self.dataset = RecordDataset(asked, processor, with_answers=False)
         for index in range(len(asked)):
             self.dataset[index]  # opens its pages
 

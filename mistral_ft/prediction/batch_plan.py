@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mistral_ft.data.dataset import check_images
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.packing import MAX_PROMPT_TOKENS
-from mistral_ft.data.pages import page_size
-from mistral_ft.data.prompt.encoder import PromptEncoder, encode_record
+from mistral_ft.data.processor import Processor
+from mistral_ft.data.prompt.encoder import encode_record
 from mistral_ft.data.records import Record
 from mistral_ft.model.device import limit_gib
 from mistral_ft.model.size import weight_bytes
@@ -32,22 +30,22 @@ ROWS_ON_CPU = 8
 MAX_PADDED_TOKENS = 32768
 
 
-def page_lengths(records: Sequence[Record], encoder: PromptEncoder, fitter: ImageFitter | None) -> list[int]:
+def page_lengths(records: Sequence[Record], processor: Processor) -> list[int]:
     """Tokens of each record's prompt, from the files' headers alone. A page that has none to read counts as nothing.
 
     Raises:
         UserError: naming the first record that shows an image to a model that reads text only, or that the model's
             prompt has no place for.
     """
-    check_images(records, fitter)
+    processor.check_images(records)
 
     def length(record: Record) -> int:
         try:
-            grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths]
+            grids = processor.grids(record.image_paths)
         except ValueError:
             return 0  # the row will get an error when its turn comes
         try:
-            return len(encode_record(encoder, record, grids, with_answer=False)[0])
+            return len(encode_record(processor.encoder, record, grids, with_answer=False)[0])
         except ValueError as error:
             raise record.error(str(error)) from None
 

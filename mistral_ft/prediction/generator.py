@@ -13,10 +13,9 @@ from transformers import GenerationConfig
 
 from mistral_ft.data.collators import GroupCollator, PromptCollator, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.predictions import PREDICTED
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.data.workers import batches as read
 from mistral_ft.data.workers import start_worker, usable_workers
@@ -89,8 +88,7 @@ class Generator:
     def __init__(
         self,
         folders: ModelFolders,
-        encoder: PromptEncoder,
-        fitter: ImageFitter | None,
+        processor: Processor,
         device: torch.device,
         max_new_tokens: int,
         search: dict[str, Any] | None = None,
@@ -99,9 +97,9 @@ class Generator:
     ):
         self.model = folders.load(device)
         self.max_seq_length = max_seq_length
-        self.encoder, self.fitter, self.device = encoder, fitter, device
+        self.processor, self.encoder, self.device = processor, processor.encoder, device
         self.max_new_tokens, self.seed = max_new_tokens, seed
-        control = encoder.control
+        control = self.encoder.control
         self.search = search and GenerationConfig(
             max_new_tokens=max_new_tokens,
             bos_token_id=control.bos,
@@ -124,7 +122,7 @@ class Generator:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
         workers = usable_workers(page_workers(self.device))
         pages = DataLoader(
-            _Prompts(RecordDataset(records, self.encoder, self.fitter, with_answers=False)),
+            _Prompts(RecordDataset(records, self.processor, with_answers=False)),
             batch_size=None,  # row by row, so that all workers read for the first batch
             sampler=[index for batch in batches for index in batch],
             collate_fn=_as_it_is,

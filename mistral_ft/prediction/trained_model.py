@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.errors import UserError
 from mistral_ft.files import read_settings, sha256_file
 from mistral_ft.folders import check_tokenizer, find_model_folder, find_run_folder
@@ -72,13 +71,9 @@ class ModelFolders:
         trained = adapter and adapter.rounding
         return cls(base, folder, adapter, None if four_bit is False and trained == FOUR_BITS else trained)
 
-    def load_prompt(self) -> tuple[PromptEncoder, ImageFitter | None]:
-        """The encoder and the image fitter: the run's own where there is an adapter, else the model's.
-
-        The fitter is None for a model that reads text only.
-        """
-        prompt = find_run_folder(self.adapter.folder) if self.adapter else self.folder
-        return PromptEncoder.from_folder(prompt), ImageFitter.from_folder(self.folder)
+    def load_processor(self) -> Processor:
+        """The model's, with the run's own tokenizer where there is an adapter."""
+        return Processor.from_folder(self.folder, find_run_folder(self.adapter.folder) if self.adapter else None)
 
     def load(self, device: torch.device):
         """The model with the adapter, ready to generate: merged into it, or beside rounded weights."""

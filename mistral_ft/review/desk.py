@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mistral_ft.data.row_keys import stable_hash
+from mistral_ft.data.row_keys import identity_in, key_of
 from mistral_ft.files import JsonObject
 from mistral_ft.review.index import EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED, RowIndex, index_part, line_starts
 from mistral_ft.review.log import Review, ReviewLog
@@ -149,10 +149,9 @@ class Desk:
 
     def _lay_over(self, rows: range) -> None:
         """Apply the log to new rows."""
-        wanted = {int(name.split("-")[0], 16) for name in self.log.reviews}
-        signed = np.array(sorted(wanted), np.uint64).view(np.int64)
+        wanted = {identity_in(name) for name in self.log.reviews}
         identities = self.index.rows["identity"][rows.start : rows.stop]
-        for k in np.flatnonzero(np.isin(identities, signed)):
+        for k in np.flatnonzero(np.isin(identities, np.array(sorted(wanted), np.int64))):
             row = rows.start + int(k)
             if (review := self.review_of(row)).version:
                 self._update(row, review)
@@ -215,7 +214,7 @@ class Desk:
     def find(self, name: str) -> int | None:
         """The row with an id, written as text."""
         for value in (name, *_numbers(name)):
-            if len(found := np.flatnonzero(self.index.rows["key"] == stable_hash(["id", value]))):
+            if len(found := np.flatnonzero(self.index.rows["key"] == key_of({"id": value}))):
                 return int(found[0])
         return None
 

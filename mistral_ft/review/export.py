@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mistral_ft.data.predictions import PREDICTED
+from mistral_ft.data.predictions import PREDICTED, find_predictions, partial_of, row_in
 from mistral_ft.data.records import Record, check_record, checked
-from mistral_ft.data.row_keys import key_of
+from mistral_ft.data.row_keys import identity_in, identity_of, row_name
 from mistral_ft.data.rows import RowSource, read_objects
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import atomic_write, check_target
@@ -41,25 +41,22 @@ def export(path: str | os.PathLike, target: str | os.PathLike) -> Exported:
     Raises:
         UserError: if there is nothing to write, or `target` is the file or its log.
     """
-    source, target, log = Path(path), check_target(target), log_path(path)
-    partial = Path(f"{source}.partial")
-    unfinished = not source.exists() and partial.exists()
-    if target.resolve() in (source.resolve(), log.resolve(), partial.resolve()):
+    source, target, log, found = Path(path), check_target(target), log_path(path), find_predictions(path)
+    if target.resolve() in (source.resolve(), log.resolve(), partial_of(source).resolve()):
         raise UserError(f"{target}: is what is reviewed; export to another file")
     reviews = read_log(log)[0] if log.exists() else {}
-    wanted = {name.split("-")[0] for name in reviews}
-    seen: Counter[str] = Counter()
+    wanted, seen = {identity_in(name) for name in reviews}, Counter[int]()
     errors: list[RecordError] = []
     done = Exported(target)
     with atomic_write(target) as file:
-        for line, data in read_objects(RowSource(partial if unfinished else source, source.parent), errors):
-            row = data.get("row") if unfinished else data
-            if not isinstance(row, dict):
+        for line, data in read_objects(RowSource(found, source.parent), errors):
+            row = row_in(found, data)
+            if row is None:
                 continue
-            review, identity = Review(), f"{key_of(row)[1] & (1 << 64) - 1:016x}"
+            review, identity = Review(), identity_of(row)
             if identity in wanted:
-                before, seen[identity] = seen[identity], seen[identity] + 1
-                review = reviews.get(identity + (f"-{before}" if before else ""), review)
+                review = reviews.get(row_name(identity, seen[identity]), review)
+                seen[identity] += 1
             try:
                 data = checked({name: value for name, value in row.items() if name not in PREDICTED})
                 # Only a row that is corrected needs its answer apart; in others calls and thinking stay as they are.

@@ -18,9 +18,10 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from mistral_ft.data.predictions import find_predictions, row_in
 from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
-from mistral_ft.data.row_keys import key_of
+from mistral_ft.data.row_keys import expected_of, identity_of, key_of, row_name
 from mistral_ft.data.rows import parse_line
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
@@ -36,7 +37,7 @@ MOST_BAD_LINES = 1000  # that are listed; more are counted
 # Bits of `state`.
 SCORED, HIT, FAILED, ANSWERED, REVIEWED, EDITED, FLAGGED = (1 << bit for bit in range(7))
 
-# key: a hash of the row's id, or of its prompt where it has none; identity: of both; expected: of the expected answer.
+# key, identity, expected: as in `row_keys`.
 # other_hit: whether the file that this one is compared with has the row right; -1 if it has no such row.
 ROW = np.dtype(
     [
@@ -122,7 +123,6 @@ def index_part(path: Path, start: int, stop: int) -> Part:
     columns: dict[str, Column] = {}
     bad: list[tuple[int, str]] = []
     bad_count, lines, tail = 0, 0, None
-    unwrap = path.suffix == ".partial"
     with open(path, "rb") as file:
         position = _skip_line_end(file, start)
         while position < stop and (raw := file.readline(LONGEST_LINE)):
@@ -130,12 +130,11 @@ def index_part(path: Path, start: int, stop: int) -> Part:
             while not raw.endswith(b"\n") and (raw_end := file.readline(LONGEST_LINE)):
                 raw, length, reason = raw_end, length + len(raw_end), f"longer than {LONGEST_LINE >> 20} MiB"
             try:
-                row = None if reason else parse_line(raw, first=position == 0)
-                if row is not None and unwrap:
-                    row = row.get("row")  # the first line of an unfinished run holds its settings
-                if isinstance(row, dict):
+                row = None if reason else row_in(path, parse_line(raw, first=position == 0))
+                if row is not None:
                     numbers, values = measure(row)
-                    entry, text = (position, length, lines + 1, *key_of(row), *numbers), searchable(row)
+                    keys = key_of(row), identity_of(row), expected_of(row)
+                    entry, text = (position, length, lines + 1, *keys, *numbers), searchable(row)
             except ValueError as error:
                 reason = str(error)
             except RecursionError:
@@ -147,7 +146,7 @@ def index_part(path: Path, start: int, stop: int) -> Part:
             if reason:
                 bad_count += 1
                 bad += [(lines, reason)] * (len(bad) < MOST_BAD_LINES)
-            elif isinstance(row, dict):
+            elif row is not None:
                 for name, value in values.items():
                     if name not in columns and len(columns) < MOST_FIELDS:
                         columns[name] = Column()
@@ -271,8 +270,7 @@ class RowIndex:
         Raises:
             OSError: if the file cannot be read; then nothing has changed.
         """
-        partial = Path(f"{self.wanted}.partial")
-        path = partial if not self.wanted.exists() and partial.exists() else self.wanted
+        path = find_predictions(self.wanted)
         file = open(path, "rb")  # noqa: SIM115 - kept open for reading rows
         if self.generation:
             self.close()
@@ -346,20 +344,15 @@ class RowIndex:
         """
         entry = self._rows[row]
         raw = os.pread(self._file.fileno(), int(entry["length"]), int(entry["offset"]))
-        data = parse_line(raw, first=entry["offset"] == 0)
-        data = (data or {}).get("row") if self.unfinished else data
-        if not isinstance(data, dict) or key_of(data)[1] != entry["identity"]:
+        data = row_in(self.path, parse_line(raw, first=entry["offset"] == 0))
+        if data is None or identity_of(data) != entry["identity"]:
             raise ValueError(f"{self.path}: was changed while it was open")
         return as_predicted(data)
 
     def name_of(self, row: int) -> str:
-        """A name of a row that stays the same while the file is written, finished and sorted.
-
-        It is made of the id and the messages, and the number of the row among equal ones.
-        """
+        """A row's name: see `row_name`."""
         identities = self.rows["identity"]
-        before = int((identities[:row] == identities[row]).sum())
-        return f"{int(identities[row]) & (1 << 64) - 1:016x}" + (f"-{before}" if before else "")
+        return row_name(int(identities[row]), int((identities[:row] == identities[row]).sum()))
 
     def update(self, row: int, data: JsonObject, state: int, other_hit: int) -> None:
         """Measure a row again that was corrected.

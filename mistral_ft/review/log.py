@@ -5,7 +5,7 @@ Every line holds a row's whole state and is on the disk before the reviewer sees
     {"time": "2026-01-31T12:00:00Z", "row": "5e3f…", "version": 2, "line": 7, "id": "test-007",
      "expected": "Permit 13", "reviewed": true, "flagged": false}
 
-`row` names the row by its id and messages (`review_index.RowIndex.name_of`), so that it is found again when the file is
+`row` names the row by its id and messages (`row_keys.row_name`), so that it is found again when the file is
 finished, sorted or grows. The last line of a row holds. Lines are never changed; the file that is reviewed neither.
 """
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mistral_ft.data.predictions import PREDICTED
+from mistral_ft.data.predictions import PREDICTED, row_in
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import UserError
@@ -89,8 +89,7 @@ def _read(path: Path, places: Sequence[Place], corrected: dict[int, str]) -> Ite
     try:
         for offset, length, line in places:
             raw = os.pread(handle, length, offset)
-            row = parse_line(raw, first=offset == 0) or {}
-            row = row.get("row", {}) if path.suffix == ".partial" else row
+            row = row_in(path, parse_line(raw, first=offset == 0)) or {}
             if row and not isinstance(row.get("expected"), str | None):
                 row = {**row, "expected": None}  # shown as unscored; train and score refuse it
             yield line, raw, row | ({"expected": corrected[offset]} if offset in corrected else {})

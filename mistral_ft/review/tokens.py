@@ -1,16 +1,16 @@
 """What the model sees of a record: the tokens and labels of the one prompt encoder, in stretches for people to read."""
 
-import itertools
 import threading
+from collections import Counter
 from pathlib import Path
 
-from mistral_ft.data.image_fitter import TEXT_ONLY, ImageFitter
 from mistral_ft.data.pages import page_size
-from mistral_ft.data.prompt.encoder import PromptEncoder, encode_record
+from mistral_ft.data.processor import Processor
+from mistral_ft.data.prompt.encoder import IGNORE_INDEX, encode_record
+from mistral_ft.data.prompt.token_view import stretches, token_texts
 from mistral_ft.data.records import Record, checked, image_blocks
 from mistral_ft.errors import UserError
 from mistral_ft.files import JsonObject
-from mistral_ft.folders import check_tokenizer, find_prompt_folders
 from mistral_ft.review.page_files import find_page
 
 MOST_TOKENS = 20_000  # that are shown one by one
@@ -25,7 +25,7 @@ class TokenView:
 
     def __init__(self, model: str | None):
         self.model = model
-        self._loaded: tuple[PromptEncoder, ImageFitter | None] | None = None
+        self._loaded: Processor | None = None
         self._lock = threading.Lock()
 
     def tokens(self, row: JsonObject, images_dir: Path) -> JsonObject:
@@ -39,55 +39,44 @@ class TokenView:
         Raises:
             ValueError: if the record cannot be encoded, in one line.
         """
-        encoder, fitter = self._load()
+        processor = self._load()
+        encoder, fitter = processor.encoder, processor.fitter
         record = Record(Path(), 1, checked(row), images_dir)
-        names = image_blocks(record.messages)
-        if names and not fitter:
-            raise ValueError(TEXT_ONLY)
-        sizes = [page_size(find_page(images_dir, name), fitter) for name in names]
-        grids = [fitter.grid(*size) for size in sizes] if fitter else []
-        cell = fitter.cell_size if fitter else 0
+        pages = [find_page(images_dir, name) for name in image_blocks(record.messages)]
+        grids = processor.grids(pages)
         ids, labels = encode_record(encoder, record, grids, with_answer=True)
-        control = vars(encoder.control)
-        image_ids = {control["image"], control["image_break"], control["image_end"]}
-
-        def kind_of(place: int) -> tuple[str, bool]:
-            kind = "image" if ids[place] in image_ids else "control" if ids[place] in control.values() else "text"
-            return kind, labels[place] >= 0
-
-        stretches, pages, shown = [], iter(zip(sizes, grids, strict=True)), 0
-        for (kind, learned), places in itertools.groupby(range(len(ids)), kind_of):
-            part = [ids[place] for place in places]
+        images, count = iter(zip(pages, grids, strict=True)), Counter[str]()
+        shown: list[JsonObject] = []
+        for kind, learned, part in stretches(encoder, ids, labels):
+            before = count["control"] + count["text"]
+            count[kind] += len(part)
             if kind != "image":
-                shown += len(part)
-                part = part[: max(0, len(part) - max(0, shown - MOST_TOKENS))]
-                texts = [encoder.tokenizer.id_to_token(i) if kind == "control" else encoder.decode([i]) for i in part]
-                stretches.append({"kind": kind, "learned": learned, "texts": texts, "ids": part})
+                part = part[: max(0, MOST_TOKENS - before)]
+                texts = token_texts(encoder, kind, part)
+                shown.append({"kind": kind, "learned": learned, "texts": texts, "ids": part})
                 continue
-            # Images that follow each other make one stretch.
-            while part:
-                size, (rows, columns) = next(pages)
+            assert fitter is not None  # the model has grids
+            while part:  # images that follow each other make one stretch
+                page, (rows, columns) = next(images)
                 del part[: rows * (columns + 1)]
-                fed = (columns * cell, rows * cell)
-                stretches.append({"kind": kind, "learned": learned, "grid": (rows, columns), "size": size, "fed": fed})
+                fed = (columns * fitter.cell_size, rows * fitter.cell_size)
+                size = page_size(page, fitter)
+                shown.append({"kind": kind, "learned": learned, "grid": (rows, columns), "size": size, "fed": fed})
         return {
             "model": self.model,
-            "stretches": stretches,
+            "stretches": shown,
             "count": len(ids),
-            "image": sum(i in image_ids for i in ids),
-            "learned": sum(label >= 0 for label in labels),
-            "hidden": max(0, shown - MOST_TOKENS),
+            "image": count["image"],
+            "learned": len(labels) - labels.count(IGNORE_INDEX),
+            "hidden": max(0, count["control"] + count["text"] - MOST_TOKENS),
         }
 
-    def _load(self) -> tuple[PromptEncoder, ImageFitter | None]:
+    def _load(self) -> Processor:
         if self.model is None:
             raise UserError("start the server with --model and a model's or run's folder to see tokens")
         with self._lock:
             if self._loaded is None:
-                run, base = find_prompt_folders(self.model)
-                if run != base:
-                    check_tokenizer(run)
-                self._loaded = PromptEncoder.from_folder(run), ImageFitter.from_folder(base)
+                self._loaded = Processor.from_model(self.model)
         return self._loaded
 
 

@@ -5,7 +5,6 @@ passes through jinja2's escaping; the plots' through matplotlib's.
 """
 
 import os
-import re
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -14,6 +13,7 @@ from rapidfuzz.distance import Levenshtein
 from mistral_ft import plots
 from mistral_ft.files import JsonObject
 from mistral_ft.html import templates, visible
+from mistral_ft.scoring.diff import diff
 from mistral_ft.scoring.mistakes import KINDS, example_of
 from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, review_sentence, worst_fields
 from mistral_ft.scoring.totals import read_lines
@@ -63,23 +63,20 @@ def report(result: JsonObject, file: str | os.PathLike, folds: Sequence[str], ex
     )
 
 
-def diff(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def sides(expected: str, actual: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What two answers share and what not: two lists of (kind, text), for the expected and for the actual answer.
 
     The kind is "same", "only" for what the other one lacks, or "cut" for a note about what is left out. Answers that
     are alike are compared by character, others by word.
     """
     alike = Levenshtein.normalized_distance(expected, actual) <= 0.5
-    a, b = (text if alike else re.findall(r"\s+|\S+", text) for text in (expected, actual))
-    ours, theirs = [], []
-    for step in Levenshtein.opcodes(a, b):
-        kind = "same" if step.tag == "equal" else "only"
-        ours.append((kind, "".join(a[step.src_start : step.src_end])))
-        theirs.append((kind, "".join(b[step.dest_start : step.dest_end])))
+    pieces = diff(expected, actual, "characters" if alike else "words")
+    kinds = ["same" if there == here else "only" for there, here in pieces]
+    ours, theirs = ([(kind, pair[side]) for kind, pair in zip(kinds, pieces, strict=True)] for side in (0, 1))
     return _shown(ours), _shown(theirs)
 
 
-def _shown(pieces: list[tuple[str, str]], most: int = 1200) -> list[tuple[str, str]]:
+def _shown(pieces: Sequence[tuple[str, str]], most: int = 1200) -> list[tuple[str, str]]:
     """Pieces of an answer as they are shown: long ones shortened, what cannot be seen made visible."""
     shown: list[tuple[str, str]] = []
     length = 0
@@ -106,7 +103,7 @@ def _visible(text: str, marked: bool) -> str:
 def _with_diff(shown: JsonObject) -> JsonObject:
     if not shown["actual"]:
         return shown | {"expected": _shown([("same", shown["expected"])]), "actual": shown["actual"] and []}
-    expected, actual = diff(shown["expected"].strip(), shown["actual"].strip())
+    expected, actual = sides(shown["expected"].strip(), shown["actual"].strip())
     return shown | {"expected": expected, "actual": actual}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from mistral_ft.data.records import check_record, image_blocks
-from mistral_ft.data.row_keys import _hash, stable_hash
+from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
@@ -118,9 +118,7 @@ class Pairing:
 
     Attributes:
         lines: line numbers of the rows that can be scored; the other arrays belong to these.
-        keys: hashes of the ids, or of the prompts where there is none.
-        identities: hashes of id and prompt together: equal only if it is the same row of the same data.
-        expected: hashes of the expected answers.
+        keys, identities, expected: as in `row_keys`.
         grades: the `Grade`s, one after the other.
     """
 
@@ -132,11 +130,12 @@ class Pairing:
 
     def add(self, line: int, row: JsonObject, grade: Grade) -> None:
         """Add one row."""
-        name, prompt = row.get("id"), row.get("messages")
         self.lines.append(line)
-        self.keys.append(stable_hash(["prompt", prompt] if name is None else ["id", name]))
-        self.identities.append(stable_hash(row if name is prompt is None else [name, prompt]))
-        self.expected.append(stable_hash(row["expected"].strip()))
+        self.keys.append(key_of(row))
+        known = row.get("id") is not None or "messages" in row
+        # Of others only the whole row tells: many may expect the same.
+        self.identities.append(identity_of(row) if known else hash_json(row))
+        self.expected.append(expected_of(row))
         self.grades.extend(grade)
 
     def merge(self, other: "Pairing", lines: int) -> None:
@@ -169,10 +168,10 @@ class Score:
     def add(self, line: int, raw: bytes, row: JsonObject, options: Options) -> None:
         """Count one row."""
         if row.get("id") is not None:
-            self.ids.append(stable_hash(row["id"]))
+            self.ids.append(key_of(row))
             self.id_lines.append(line)
         if "messages" not in row and is_scored(row):
-            self.texts.add(line, stable_hash(["id", row["id"]] if row.get("id") is not None else row.get("text")), row)
+            self.texts.add(line, key_of(row), row)
             return
         expected = row.get("expected")
         if expected is None:
@@ -200,7 +199,7 @@ class Score:
             kind = self.mistakes.add(row, graded)
             if options.examples:
                 about = {"kind": kind, "confidence": confidence}
-                self.mistakes.add_example(_hash(raw), line, row, about, options.examples)
+                self.mistakes.add_example(hash_bytes(raw), line, row, about, options.examples)
             if options.keep_wrong:
                 self.wrong.append(raw.strip() + b"\n")
 

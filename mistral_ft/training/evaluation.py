@@ -1,6 +1,5 @@
 """Evaluation during training: the loss of records that are not learned, answers to some of them, and the best step."""
 
-import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from mistral_ft.data.dataset import RecordDataset, RecordSize
 from mistral_ft.data.packing import pack, round_up
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import Record
+from mistral_ft.data.row_keys import hash_json
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.data.workers import Sending, batches, start_worker, usable_workers
 from mistral_ft.distributed import gather, rank, vote, world_size
@@ -35,7 +35,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool
     for record in records:
         images = record.image_paths
         hashes |= {image: fingerprint(image) for image in images if image not in hashes}
-        asked = json.dumps([record.messages, record.text], sort_keys=True)
+        asked = hash_json([record.messages, record.text])
         splitter.add([(record.path, record.line), *([hashes[image] for image in images] or [asked])])
     held = splitter.divide(fraction, seed)
     if len(set(held)) == 1:
@@ -74,7 +74,7 @@ class Evaluator:
         self.dataset, self.sizes = dataset, sizes
         asking = [number for number, record in enumerate(dataset.records) if record.text is None]
         self.answered = sorted(random.Random(0).sample(asking, min(answered, len(asking))))
-        self.prompts = RecordDataset(dataset.records, dataset.encoder, dataset.fitter, with_answers=False)
+        self.prompts = RecordDataset(dataset.records, dataset.processor, with_answers=False)
 
     def measure(self, trainer: Any) -> dict[str, float]:
         """What the model is worth now.
@@ -109,7 +109,7 @@ class Evaluator:
         return pack(tokens, self.length)
 
     def _loss(self, trainer: Any, packs: list[list[int]], progress: Progress) -> float:
-        args, pad = trainer.args, self.dataset.encoder.control.pad
+        args, pad = trainer.args, self.dataset.processor.encoder.control.pad
         room = None if self.length is None else max(map(len, packs)) + 1
         loader = DataLoader(
             PackedDataset(self.dataset, packs),
@@ -131,7 +131,7 @@ class Evaluator:
 
     def _answers(self, trainer: Any, progress: Progress) -> dict[str, float]:
         """Answers of the model as it is, the adapter unmerged; each process writes its share."""
-        core, encoder, device = trainer.model.get_base_model(), self.dataset.encoder, trainer.args.device
+        core, encoder, device = trainer.model.get_base_model(), self.dataset.processor.encoder, trainer.args.device
         # Longer than the longest answer that is expected, an answer is wrong anyway.
         longest = max(self.sizes[number].labels for number in self.answered)
         lengths = [self.sizes[number].tokens + longest for number in self.answered]

@@ -233,7 +233,7 @@ def plan_training(
         if packing and max(tokens) > length:
             raise UserError(f"--pack_length {length}: the longest record has {max(tokens):,} tokens")
         packs = pack(tokens, length, args.seed) if packing else [[number] for number in range(len(sizes))]
-        trainer.use_packs(dataset, packs, dataset.encoder.control.pad, length)
+        trainer.use_packs(dataset, packs, dataset.processor.encoder.control.pad, length)
         if packing:
             share = sum(tokens) / (length * len(packs))
             print(f"Packed into {len(packs)} sequences of {length:,} tokens, {share:.1%} full")

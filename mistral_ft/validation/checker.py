@@ -5,7 +5,6 @@ files may have millions of rows.
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -22,8 +21,9 @@ from typing import NamedTuple
 
 from mistral_ft.data.conversation import thinking_text
 from mistral_ft.data.formats import as_record
-from mistral_ft.data.image_fitter import TEXT_ONLY, ImageFitter
+from mistral_ft.data.image_fitter import TEXT_ONLY
 from mistral_ft.data.pages import fingerprint, open_image, page_size
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import (
     CONTROL_TOKEN_NAMES,
     IGNORE_INDEX,
@@ -32,11 +32,13 @@ from mistral_ft.data.prompt.encoder import (
     length_problem,
     split_at,
 )
+from mistral_ft.data.prompt.token_view import mark_learned
 from mistral_ft.data.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.data.references import is_data_url, resolve, split_page
+from mistral_ft.data.row_keys import hash_json
 from mistral_ft.data.rows import RowSource, parse_line
 from mistral_ft.errors import UserError
-from mistral_ft.files import JsonObject
+from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
 
 CHUNK = 16  # lines that a worker gets at a time
@@ -132,22 +134,16 @@ class RowChecker:
     """Checks rows one by one; each worker process has its own.
 
     Args:
-        encoder, fitter: of the model to train; without them nothing is said about tokens and the size pages are fed at.
-            A model that reads text only has no fitter.
+        processor: of the model to train; without one nothing is said about tokens and the size pages are fed at.
         max_seq_length: tokens that a record may have.
     """
 
-    def __init__(
-        self, encoder: PromptEncoder | None = None, fitter: ImageFitter | None = None, max_seq_length: int = 0
-    ):
-        self.encoder, self.fitter, self.max_seq_length = encoder, fitter, max_seq_length
+    def __init__(self, processor: Processor | None = None, max_seq_length: int = 0):
+        self.encoder = processor.encoder if processor else None
+        self.fitter = processor.fitter if processor else None
+        self.max_seq_length = max_seq_length
         # Rows that ask about the same page mostly stand together.
         self._open = functools.lru_cache(1024)(self._open_page)
-
-    @classmethod
-    def from_folders(cls, prompt: Path, pages: Path, max_seq_length: int) -> "RowChecker":
-        """A checker for a model's tokenizer and page settings; raises UserError if they cannot be used."""
-        return cls(PromptEncoder.from_folder(prompt), ImageFitter.from_folder(pages), max_seq_length)
 
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
@@ -196,9 +192,9 @@ class RowChecker:
         return Checked(
             problems,
             # Paths mean the same page only in the same folder.
-            record_key=_key(json.dumps(same, sort_keys=True) + (str(source.images_dir.resolve()) if names else "")),
+            record_key=_key([same, str(source.images_dir.resolve()) if names else ""]),
             # score tells rows of one file apart by their id.
-            id_key=0 if data.get("id") is None else _key(f"{source.path} {json.dumps(data['id'], sort_keys=True)}"),
+            id_key=0 if data.get("id") is None else _key([str(source.path), data["id"]]),
             answer_is_object=answer_is_object,
             pages=pages,
             tokens=tokens,
@@ -284,31 +280,29 @@ def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
         return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+def _key(value: Json) -> int:
+    return hash_json(value) & (1 << 64) - 1 or 1
 
 
 _checker: RowChecker  # a worker's own
 
 
-def _start_worker(folders: tuple[Path, Path] | None, max_seq_length: int) -> None:
+def _start_worker(model: str | None, max_seq_length: int) -> None:
     global _checker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     warnings.simplefilter("ignore")  # Pillow's, which name no file
-    _checker = RowChecker.from_folders(*folders, max_seq_length) if folders else RowChecker()
+    _checker = RowChecker(Processor.from_model(model) if model else None, max_seq_length)
 
 
 def _check_lines(source: Source, lines: list[tuple[int, bytes]]) -> list[Checked | None]:
     return [_checker.check(raw, line, source) for line, raw in lines]
 
 
-def check_files(
-    sources: Sequence[Source], folders: tuple[Path, Path] | None, max_seq_length: int
-) -> Generator[CheckedRow, None, None]:
+def check_files(sources: Sequence[Source], model: str | None, max_seq_length: int) -> Generator[CheckedRow, None, None]:
     """Check files in parallel, with a progress bar.
 
     Args:
-        folders: of a model, as for `RowChecker.from_folders`; None leaves out tokens and the size pages are fed at.
+        model: as for `Processor.from_model`; None leaves out tokens and the size pages are fed at.
 
     Yields:
         Every line that is not blank, in order.
@@ -320,7 +314,7 @@ def check_files(
     progress = Progress("checking", sum(rows.count() for rows in read), "row")
     workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a forked process that had threads can hang
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folders, max_seq_length))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (model, max_seq_length))
     window: deque[tuple[Source, list[tuple[int, bytes]], Future[list[Checked | None]]]] = deque()
 
     def take() -> Iterator[CheckedRow]:
@@ -345,33 +339,13 @@ def check_files(
         progress.close()
 
 
-def mark_trained(encoder: PromptEncoder, fitter: ImageFitter | None, row: CheckedRow) -> str:
-    """A good row as the model reads it, each trained token between ⟦ and ⟧, each image as [IMG]×tokens."""
+def mark_trained(processor: Processor, row: CheckedRow) -> str:
+    """A good row as `mark_learned` shows it."""
     data = parse_line(row.raw, first=row.line == 1)
     assert data is not None  # it was checked
     record = Record(row.source.path, row.line, as_record(data), row.source.images_dir)
-    grids = [fitter.grid(*page_size(path, fitter)) for path in record.image_paths] if fitter else []
-    ids, labels = encode_record(encoder, record, grids, with_answer=True)
-    control = vars(encoder.control)
-    image_ids = {control["image"], control["image_break"], control["image_end"]}
-
-    def kind_of(place: int) -> str:
-        if labels[place] != IGNORE_INDEX:
-            return "trained"
-        return "image" if ids[place] in image_ids else "control" if ids[place] in control.values() else "text"
-
-    shown = ""
-    for kind, places in itertools.groupby(range(len(ids)), kind_of):
-        part = [ids[place] for place in places]
-        if kind == "text":
-            shown += encoder.decode(part)
-        elif kind == "image":
-            shown += f"[IMG]×{len(part)}"
-        else:
-            tokens = encoder.tokenizer
-            names = [(tokens.id_to_token(i) or "") if i in control.values() else encoder.decode([i]) for i in part]
-            shown += "".join(f"⟦{name}⟧" if kind == "trained" else name for name in names)
-    return shown
+    ids, labels = encode_record(processor.encoder, record, processor.grids(record.image_paths), with_answer=True)
+    return mark_learned(processor.encoder, ids, labels)
 
 
 def describe(place: str, problem: Problem) -> str:

@@ -6,8 +6,7 @@ import torch
 
 from mistral_ft.data.collators import PackedDataset, PromptCollator, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset, measure_records
-from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import RecordError, UserError
 from tests.conftest import TINY, read_rows, row, write_jsonl
@@ -26,13 +25,8 @@ def example(ids, labels, *sizes):
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return PromptEncoder.from_folder(TINY)
-
-
-@pytest.fixture(scope="module")
-def fitter():
-    return ImageFitter.from_folder(TINY)
+def processor():
+    return Processor.from_folder(TINY)
 
 
 def values(batch):
@@ -93,34 +87,34 @@ def test_images_stand_in_the_order_of_their_records(collate):
     assert batch["pixel_values"].dtype == torch.float32
 
 
-def test_a_pack_is_the_list_of_its_examples(pages, encoder, fitter):
-    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
+def test_a_pack_is_the_list_of_its_examples(pages, processor):
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor)
     packed = PackedDataset(dataset, [[6, 0], [5]])
     assert len(packed) == 2
     assert [e["input_ids"] for e in packed[0]] == [dataset[6]["input_ids"], dataset[0]["input_ids"]]
 
 
-def test_examples_of_mixed_rows(pages, encoder, fitter):
-    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
+def test_examples_of_mixed_rows(pages, processor):
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor)
     two, none = dataset[5], dataset[6]
     assert [page.shape for page in two["pixel_values"]] == [(24, 588), (24, 588)]
     assert two["image_sizes"] == [(56, 84), (56, 84)]
     assert two["input_ids"].count(10) == 12
     assert none["pixel_values"] == []
     assert none["input_ids"].count(10) == 0
-    assert encoder.decode([label for label in two["labels"] if label != -100]) == "Two pages"
+    assert processor.encoder.decode([label for label in two["labels"] if label != -100]) == "Two pages"
 
 
-def test_without_answers_nothing_is_labelled(pages, encoder, fitter):
-    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter, with_answers=False)
+def test_without_answers_nothing_is_labelled(pages, processor):
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor, with_answers=False)
     assert set(dataset[0]["labels"]) == {-100}
     assert dataset[0]["input_ids"][-1] == 4  # [/INST]
 
 
-def test_tokens_patches_and_labels_are_counted(pages, encoder, fitter):
+def test_tokens_patches_and_labels_are_counted(pages, processor):
     records = read_records([pages / "train.jsonl"])
-    dataset = RecordDataset(records, encoder, fitter)
-    sizes = measure_records(records, encoder, fitter, 1000)
+    dataset = RecordDataset(records, processor)
+    sizes = measure_records(records, processor, 1000)
     for number, size in enumerate(sizes):
         batch = TrainingCollator(PAD)([[dataset[number]]])
         assert size.tokens == batch.num_tokens == batch.input_ids.shape[1]
@@ -129,22 +123,22 @@ def test_tokens_patches_and_labels_are_counted(pages, encoder, fitter):
     assert [size.patches for size in sizes[:7]] == [32, 24, 24, 32, 24, 48, 0]
 
 
-def test_bad_pages_are_named_by_line_before_training(pages, encoder, fitter):
+def test_bad_pages_are_named_by_line_before_training(pages, processor):
     data = (pages / "3.png").read_bytes()
     (pages / "3.png").write_bytes(data[: len(data) // 2])
     (pages / "7.png").unlink()
     records = read_records([pages / "train.jsonl"])
     with pytest.raises(UserError) as error:
-        measure_records(records, encoder, fitter, 1000)
+        measure_records(records, processor, 1000)
     assert f"{pages / 'train.jsonl'}:4: image {pages / '3.png'} cannot be opened" in str(error.value)
     assert str(error.value).endswith("(and 1 more bad rows, on lines 8)")
     with pytest.raises(RecordError, match=r"train.jsonl:8: image .*7.png does not exist"):
-        RecordDataset(records, encoder, fitter)[7]
+        RecordDataset(records, processor)[7]
 
 
-def test_long_records_are_named_and_never_cut(pages, encoder, fitter):
+def test_long_records_are_named_and_never_cut(pages, processor):
     rows = read_rows(pages / "train.jsonl")
     rows[2] = row(2, "x " * 100, ["2.png"])
     records = read_records([write_jsonl(pages / "train.jsonl", rows)])
     with pytest.raises(UserError, match=r"train.jsonl:3: 1\d\d tokens \(8 of them for 1 images\) are more than --m"):
-        measure_records(records, encoder, fitter, 100)
+        measure_records(records, processor, 100)

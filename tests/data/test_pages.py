@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mistral_ft.data.dataset import RecordDataset, measure_records
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import MAX_PIXELS, fingerprint, limit_pixels, open_image, page_size, page_sizes
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.data.references import check_reference, expand, expand_pages, resolve, split_page
 from mistral_ft.errors import UserError
@@ -27,8 +27,8 @@ def fitter():
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return PromptEncoder.from_folder(TINY)
+def processor():
+    return Processor.from_folder(TINY)
 
 
 GREYS = (0, 100, 200)
@@ -171,8 +171,8 @@ class TestSteps:
         )
         return ranges, single
 
-    def test_examples_are_equal(self, files, encoder, fitter):
-        ranges, single = (RecordDataset(read_records([path]), encoder, fitter) for path in files)
+    def test_examples_are_equal(self, files, processor):
+        ranges, single = (RecordDataset(read_records([path]), processor) for path in files)
         for number in range(2):
             ours, theirs = ranges[number], single[number]
             assert ours["input_ids"] == theirs["input_ids"]
@@ -181,10 +181,10 @@ class TestSteps:
             assert all(np.array_equal(a, b) for a, b in zip(ours["pixel_values"], theirs["pixel_values"], strict=True))
         assert len(ranges[0]["pixel_values"]) == 3
 
-    def test_sizes_are_equal(self, files, encoder, fitter):
+    def test_sizes_are_equal(self, files, processor):
         ranges, single = (read_records([path]) for path in files)
-        assert measure_records(ranges, encoder, fitter, 2048) == measure_records(single, encoder, fitter, 2048)
-        assert page_lengths(ranges, encoder, fitter) == page_lengths(single, encoder, fitter)
+        assert measure_records(ranges, processor, 2048) == measure_records(single, processor, 2048)
+        assert page_lengths(ranges, processor) == page_lengths(single, processor)
 
     def test_train_and_predict_take_them(self, folder, train_tiny, run_cli, small_pages_base):
         rows = [
@@ -265,10 +265,8 @@ class TestMostPixels:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         monkeypatch.setenv(MAX_PIXELS, "178956970")
 
-    def test_the_limit_reaches_workers(self, folder, encoder, fitter):
-        dataset = RecordDataset(
-            read_records([write_jsonl(folder / "a.jsonl", [row(0, "A", ["a.png"])])]), encoder, fitter
-        )
+    def test_the_limit_reaches_workers(self, folder, processor):
+        dataset = RecordDataset(read_records([write_jsonl(folder / "a.jsonl", [row(0, "A", ["a.png"])])]), processor)
         limit_pixels(1000)
         loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
         with pytest.raises(

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mist
 
 from mistral_ft.data.collators import TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.model.fp8 import round_layers
 from mistral_ft.model.layers import LayerRunner, Seeds, set_up_compiler
@@ -89,7 +88,7 @@ def reference_logits(base, dataset, number, dtype, device) -> torch.Tensor:
     example = dataset[number]
     batch = {"input_ids": torch.tensor([example["input_ids"]], device=device)}
     if paths := dataset.records[number].image_paths:
-        pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path))) for path in paths]
+        pages = [torch.from_numpy(dataset.processor.fitter.pixels(open_image(path))) for path in paths]
         batch["pixel_values"] = torch.stack(pages).to(device, dtype)
         batch["image_sizes"] = torch.tensor(example["image_sizes"], device=device)
     with torch.no_grad():
@@ -99,8 +98,8 @@ def reference_logits(base, dataset, number, dtype, device) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["pages", "window"])
 def test_packed_records_are_as_near_to_fp32_as_transformers_in_bf16(kind, data, texts, windowed):
     base, path = (TINY, data) if kind == "pages" else (windowed, texts)
-    encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    dataset, numbers = RecordDataset(read_records([path]), encoder, fitter), [1, 0, 2]
+    processor = Processor.from_folder(base)
+    dataset, numbers = RecordDataset(read_records([path]), processor), [1, 0, 2]
     if kind == "window":
         assert min(len(dataset[k]["input_ids"]) for k in numbers) > 2 * WINDOW
     for number, ours in zip(numbers, packed_logits(base, dataset, numbers), strict=True):
@@ -110,12 +109,12 @@ def test_packed_records_are_as_near_to_fp32_as_transformers_in_bf16(kind, data, 
 
 
 def test_a_step_of_decoding_is_the_same_with_and_without_a_graph(data):
-    encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
-    dataset = RecordDataset(read_records([data]), encoder, fitter, with_answers=False)
-    prompts = [TrainingCollator(encoder.control.pad)([[dataset[k] for k in range(8)]])]
+    processor = Processor.from_folder(TINY)
+    dataset = RecordDataset(read_records([data]), processor, with_answers=False)
+    prompts = [TrainingCollator(processor.encoder.control.pad)([[dataset[k] for k in range(8)]])]
     found = []
     for graphs in (True, False):
-        decoder = GreedyDecoder(load_base(TINY, GPU).eval(), encoder.control.eos, graphs)
+        decoder = GreedyDecoder(load_base(TINY, GPU).eval(), processor.encoder.control.eos, graphs)
         found.append(decoder.decode(prompts, 20))
         assert (decoder.graph is not None) == graphs
     assert found[0] == found[1]

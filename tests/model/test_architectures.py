@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mistral_ft.data.collators import TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.model.loading import load_base
 from mistral_ft.prediction.decoding import GreedyDecoder
@@ -61,7 +60,7 @@ def reference_logits(base, dataset, number):
     example = dataset[number]
     batch = {"input_ids": torch.tensor([example["input_ids"]])}
     if paths := dataset.records[number].image_paths:
-        pages = [dataset.fitter.pixels(open_image(path)) for path in paths]
+        pages = [dataset.processor.fitter.pixels(open_image(path)) for path in paths]
         sizes = np.max([page.shape for page in pages], 0)
         padded = [
             np.pad(page, [(0, most - there) for most, there in zip(sizes, page.shape, strict=True)]) for page in pages
@@ -75,13 +74,13 @@ def reference_logits(base, dataset, number):
 
 
 def test_packed_records_give_the_logits_of_transformers(base, data):
-    encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    dataset = RecordDataset(read_records([data]), encoder, fitter)
+    processor = Processor.from_folder(base)
+    dataset = RecordDataset(read_records([data]), processor)
     model = load_base(base, CPU).eval()
     model.get_base_model = lambda: model
     take_over_layers(model, compiled=False, packing=True)
     numbers = [4, 0, 2]
-    batch = TrainingCollator(encoder.control.pad, length=700)([[dataset[k] for k in numbers]])
+    batch = TrainingCollator(processor.encoder.control.pad, length=700)([[dataset[k] for k in numbers]])
     bounds = batch.cu_seq_lens.tolist()
     with torch.no_grad():
         logits = model.lm_head(model.model(**batch.model_inputs(), use_cache=False).last_hidden_state[0])
@@ -90,15 +89,15 @@ def test_packed_records_give_the_logits_of_transformers(base, data):
 
 
 def test_greedy_answers_are_those_of_transformers(base, data):
-    encoder, fitter = PromptEncoder.from_folder(base), ImageFitter.from_folder(base)
-    dataset = RecordDataset(read_records([data]), encoder, fitter, with_answers=False)
+    processor = Processor.from_folder(base)
+    dataset = RecordDataset(read_records([data]), processor, with_answers=False)
     decoder = GreedyDecoder(load_base(base, CPU).eval(), eos=-1)
     numbers = [4, 0, 2]
-    prompts = [TrainingCollator(encoder.control.pad)([[dataset[k] for k in numbers]])]
+    prompts = [TrainingCollator(processor.encoder.control.pad)([[dataset[k] for k in numbers]])]
     answers, log_probs = decoder.decode(prompts, 12)
     for k, ids, probs in zip(numbers, answers, log_probs, strict=True):
         # Fed with the answer, transformers prefers the same tokens by as much.
-        whole = RecordDataset(dataset.records, encoder, fitter, with_answers=False)
+        whole = RecordDataset(dataset.records, processor, with_answers=False)
         prompt = whole[k]["input_ids"]
         whole.__class__ = type("Fed", (RecordDataset,), {"__getitem__": _with_ids(prompt + ids)})
         scores = reference_logits(base, whole, k)[len(prompt) - 1 : -1].log_softmax(-1)

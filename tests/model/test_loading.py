@@ -10,9 +10,9 @@ from transformers import Mistral3ForConditionalGeneration
 
 from mistral_ft.data.collators import PromptCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter, to_patches
+from mistral_ft.data.image_fitter import to_patches
 from mistral_ft.data.pages import open_image
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model import vision
@@ -51,8 +51,7 @@ def patches(pixels):
 
 @pytest.fixture
 def dataset(pages):
-    encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
-    return RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
+    return RecordDataset(read_records([pages / "train.jsonl"]), Processor.from_folder(TINY))
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
@@ -71,7 +70,7 @@ def test_logits_equal_those_of_transformers(model, reference, dataset):
         with torch.no_grad():
             ours = model(**batch).logits
             if paths := dataset.records[number].image_paths:
-                pages = [torch.from_numpy(dataset.fitter.pixels(open_image(path))) for path in paths]
+                pages = [torch.from_numpy(dataset.processor.fitter.pixels(open_image(path))) for path in paths]
                 sizes = torch.tensor(batch["image_sizes"])
                 batch = batch | {"pixel_values": torch.stack(pages), "image_sizes": sizes}
             torch.testing.assert_close(ours, reference(**batch).logits, atol=1e-4, rtol=1e-4)

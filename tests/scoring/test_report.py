@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mistral_ft.html import percent
-from mistral_ft.scoring.report import diff
+from mistral_ft.scoring.report import sides
 from tests.conftest import ROOT, row, write_jsonl
 
 
@@ -209,14 +209,14 @@ def test_differences_of_hand_aligned_answers(expected, actual, ours, theirs):
                 text.append((kind, piece))
         return text
 
-    assert tuple(map(joined, diff(expected, actual))) == (ours, theirs)
+    assert tuple(map(joined, sides(expected, actual))) == (ours, theirs)
 
 
 def test_long_answers_are_shortened():
-    ours, theirs = diff("x" * 900 + "1", "x" * 900 + "2")
+    ours, theirs = sides("x" * 900 + "1", "x" * 900 + "2")
     assert ours == [("same", "x" * 80), ("cut", "740 more characters"), ("same", "x" * 80), ("only", "1")]
     assert theirs[-1] == ("only", "2")
-    ours, _ = diff("ab" * 2500, "ac" * 2500)
+    ours, _ = sides("ab" * 2500, "ac" * 2500)
     assert ours[-1] == ("cut", "3,799 more characters")
 
 

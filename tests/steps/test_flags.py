@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mistral_ft.data.dataset import RecordDataset, measure_records
-from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.model.loading import load_base
 from mistral_ft.training import arguments
@@ -87,9 +86,9 @@ def learn(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("flags"), {}
     make_page(folder / "page.png", 3)
     rows = [row(n, f"Answer {n}", text=f"Question {n}?") for n in range(4)] + [row(4, "A page", ["page.png"])]
-    encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
+    processor = Processor.from_folder(TINY)
     records = read_records([write_jsonl(folder / "rows.jsonl", rows)])
-    sizes = measure_records(records, encoder, fitter, 1000)
+    sizes = measure_records(records, processor, 1000)
 
     def learn(**flags) -> dict[str, torch.Tensor]:
         key = json.dumps(flags, sort_keys=True)
@@ -106,7 +105,7 @@ def learn(tmp_path_factory):
         rates = {part: rate for part, rate in rates.items() if rate is not None}
         ratio = lora.loraplus_lr_ratio or 1
         trainer = FinetuneTrainer(model=model, args=args, learning_rates=rates, b_rate_ratio=ratio)
-        plan_training(trainer, RecordDataset(records, encoder, fitter), sizes, arguments.SpeedArguments())
+        plan_training(trainer, RecordDataset(records, processor), sizes, arguments.SpeedArguments())
         trainer.train()
         made[key] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         return made[key]

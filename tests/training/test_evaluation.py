@@ -8,8 +8,7 @@ import signal
 import pytest
 
 from mistral_ft.data.dataset import measure_records
-from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.files import write_json
@@ -60,8 +59,8 @@ def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path):
     )  # fmt: skip
     (last,) = evaluations(run)
     assert last["epoch"] == 1  # of itself, after each epoch
-    encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
-    sizes = measure_records(read_records([asked], ROOT / "dataset"), encoder, fitter, 1000)
+    processor = Processor.from_folder(TINY)
+    sizes = measure_records(read_records([asked], ROOT / "dataset"), processor, 1000)
     longest = max(size.labels for size in sizes)  # an answer is given no more tokens than that
     predicted = tmp_path / "out.jsonl"
     assert run_cli("predict", asked, run, *images, "-o", predicted, "--max_new_tokens", longest)[0] == 0

@@ -12,9 +12,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 from mistral_ft.data.dataset import RecordDataset, RecordSize, measure_records
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.pages import open_image
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model.layers import EmbeddingNoise, LoraLinear, hashed_dropout
@@ -34,13 +33,12 @@ ALL = LoraArguments(lora_dropout=0, vision_lora=True, train_projector=True)
 
 @pytest.fixture
 def dataset(pages):
-    encoder, fitter = PromptEncoder.from_folder(TINY), ImageFitter.from_folder(TINY)
-    return RecordDataset(read_records([pages / "train.jsonl"]), encoder, fitter)
+    return RecordDataset(read_records([pages / "train.jsonl"]), Processor.from_folder(TINY))
 
 
 @pytest.fixture
 def make_trainer(dataset, tmp_path):
-    sizes = measure_records(dataset.records, dataset.encoder, dataset.fitter, 1000)
+    sizes = measure_records(dataset.records, dataset.processor, 1000)
 
     def make(lora=ALL, speed=None, **arguments):
         torch.manual_seed(0)
@@ -85,7 +83,7 @@ def plain_loss_and_gradients(trainer, numbers):
         paths = trainer.train_dataset.dataset.records[number].image_paths
         batch = {"input_ids": torch.tensor([example["input_ids"]])}
         if paths:
-            fitter = trainer.train_dataset.dataset.fitter
+            fitter = trainer.train_dataset.dataset.processor.fitter
             batch["pixel_values"] = torch.stack([torch.from_numpy(fitter.pixels(open_image(path))) for path in paths])
             batch["image_sizes"] = torch.tensor(example["image_sizes"])
         labels = torch.tensor(example["labels"])
@@ -124,7 +122,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(make_trainer, spe
 @pytest.mark.parametrize("speed", [SpeedArguments(), SpeedArguments(pack_length=400)])
 def test_the_loss_of_an_evaluation_is_that_of_transformers_and_peft(make_trainer, dataset, speed):
     trainer = make_trainer(speed=speed, per_device_train_batch_size=1 if speed.pack_length else 3)
-    sizes = measure_records(dataset.records, dataset.encoder, dataset.fitter, 1000)
+    sizes = measure_records(dataset.records, dataset.processor, 1000)
     found = Evaluator(dataset, sizes, answered=0).measure(trainer)
     expected, _ = plain_loss_and_gradients(trainer, range(len(dataset)))
     assert found == {"eval_loss": pytest.approx(expected, rel=1e-5)}

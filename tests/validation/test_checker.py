@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mistral_ft.data.processor import Processor
 from mistral_ft.validation.checker import RowChecker, Source, describe
 from tests.conftest import TINY, make_page, row, write_jsonl
 
@@ -381,7 +382,7 @@ WARNINGS = {
 
 @pytest.fixture(scope="module")
 def checker():
-    return RowChecker.from_folders(TINY, TINY, 2048)
+    return RowChecker(Processor.from_folder(TINY), 2048)
 
 
 def problems(checker, folder, line: bytes, number: int = 2, is_eval: bool = False) -> list[str]:
@@ -672,7 +673,7 @@ def test_an_answer_that_the_tokenizer_changes_is_a_warning(folder, tmp_path):
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "NFKC"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    found = problems(RowChecker.from_folders(tmp_path, tmp_path, 2048), folder, record(expected="10 m² ﬁn"))
+    found = problems(RowChecker(Processor.from_folder(tmp_path), 2048), folder, record(expected="10 m² ﬁn"))
     assert found == [
         "data.jsonl:2: warning: the answer comes back from the tokenizer as '2 fin' at character 5, not as '² ﬁn'"
     ]
