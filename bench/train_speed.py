@@ -106,7 +106,7 @@ class UsualRecipe:
         """The same by this toolkit: packed, on a GPU compiled, half of the layers computed twice."""
         core = self.model.get_base_model()
         core.model.__class__, core.config.vision_config._attn_implementation = self.our_class, self.our_attention
-        trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)))
+        trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)).begin())
         text, _ = take_over_layers(self.model, compiled=gpu.on_gpu(), packing=True)
         text.recomputed = text.count // 2
         length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128

@@ -23,6 +23,7 @@ Value = TypeVar("Value")
 TIMEOUT_SECONDS = 1800
 # Seconds between two looks at how the others are, and those that a process has to clean up before it is ended.
 LOOK_SECONDS, GRACE_SECONDS = 1.0, 10.0
+STORE_SECONDS = 30.0  # that an answer of the launcher's store may take
 
 
 def rank() -> int:
@@ -144,7 +145,7 @@ def _connect() -> "torch.distributed.PrefixStore":
     from torch.distributed import PrefixStore, TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
     return PrefixStore(f"mistral_ft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
@@ -175,7 +176,7 @@ def _start_watch(seconds: float) -> None:
     signal.signal(signal.SIGUSR2, lambda number, frame: sys.exit(1))
     _watch = Watch(seconds)
     _watch.start()
-    atexit.register(_watch.end)  # a thread that talks to the store while Python shuts down would abort the process
+    atexit.register(_watch.end)
 
 
 def _arrive() -> None:
@@ -200,9 +201,9 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def end(self) -> None:
-        """Watch no more."""
+        """Watch no more; a thread that still talks to the store when Python shuts down would abort the process."""
         self.over.set()
-        self.join(2 * LOOK_SECONDS)
+        self.join(STORE_SECONDS)
 
     def arrive(self) -> None:
         """Say that this process has come to where it waits for the others."""

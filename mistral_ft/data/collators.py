@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.packing import prompt_groups
@@ -15,7 +15,7 @@ from mistral_ft.data.prompt.encoder import IGNORE_INDEX
 from mistral_ft.distributed import rank, world_size
 
 
-class PackedDataset:
+class PackedDataset(Dataset[list[dict[str, Any]]]):
     """Records in packs: item i is the list of the examples of pack i.
 
     Args:

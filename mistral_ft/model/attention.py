@@ -1,12 +1,15 @@
 """Attention over records, or pages, laid end to end in one sequence: a token sees none but those of its own."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
@@ -66,3 +69,13 @@ def _mask(length: int, is_causal: bool, sliding_window: int | None) -> dict[str,
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+
+
+@contextmanager
+def attention(config: PretrainedConfig, name: str) -> Iterator[None]:
+    """Have the layers of a config attend by the function of that name for a while."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

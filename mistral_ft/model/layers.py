@@ -93,12 +93,14 @@ class EmbeddingNoise:
     """
 
     def __init__(self, model: nn.Module, alpha: float):
-        self.alpha, self.bounds = alpha, None
+        self.alpha = alpha
+        self.bounds: torch.Tensor | None = None
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
+        assert self.bounds is not None  # whoever calls the model sets them
         tokens = self.bounds.diff()
         size = self.alpha / (tokens * output.shape[-1]).sqrt().repeat_interleave(tokens, output_size=output.shape[1])
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul(size[:, None]).to(output.dtype)

@@ -35,7 +35,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PageEncoder] | None]]
 TEXT_MODELS, VISION_MODELS = ("mistral", "ministral3"), ("pixtral",)
 
 
-def text_model(model: PreTrainedModel) -> nn.Module:
+def text_model(model: PreTrainedModel) -> Any:
     """The part with the text layers: the whole core, or beside a vision tower the language model."""
     return getattr(model.model, "language_model", model.model)
 

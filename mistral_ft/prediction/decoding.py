@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mistral_ft.data.collators import Batch
-from mistral_ft.model.attention import packed_attention
+from mistral_ft.model.attention import attention, packed_attention
 
 CACHED = "cached"
 # The cache's length is a multiple of it, so that batches of like length share one.
@@ -95,7 +95,6 @@ class GreedyDecoder:
     def __init__(self, model: nn.Module, eos: int, graphs: bool = True):
         self.model, self.eos, self.graphs = model, eos, graphs
         self.config = model.config.get_text_config()
-        self.config._attn_implementation = CACHED
         self.device = model.device
         self.cache: KeyValueCache | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -112,15 +111,16 @@ class GreedyDecoder:
         """
         bounds = [prompt.cu_seq_lens.tolist() for prompt in prompts]
         lengths = [end - start for bound in bounds for start, end in pairwise(bound)]
-        self._prepare(len(lengths), max(lengths) + max_new_tokens)
-        self._read_prompts(prompts, lengths)
-        tokens, log_probs = [self.tokens.clone()], [self.log_probs.clone()]
-        ended = self.tokens == self.eos
-        while len(tokens) < max_new_tokens and not ended.all() and not stopped():
-            self.graph.replay() if self.graph else self._step()
-            tokens.append(self.tokens.clone())
-            log_probs.append(self.log_probs.clone())
-            ended |= self.tokens == self.eos
+        with attention(self.config, CACHED):
+            self._prepare(len(lengths), max(lengths) + max_new_tokens)
+            self._read_prompts(prompts, lengths)
+            tokens, log_probs = [self.tokens.clone()], [self.log_probs.clone()]
+            ended = self.tokens == self.eos
+            while len(tokens) < max_new_tokens and not ended.all() and not stopped():
+                self.graph.replay() if self.graph else self._step()
+                tokens.append(self.tokens.clone())
+                log_probs.append(self.log_probs.clone())
+                ended |= self.tokens == self.eos
         ids, probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
         return cut_at(self.eos, ids, probs)
 

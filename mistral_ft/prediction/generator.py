@@ -20,7 +20,7 @@ from mistral_ft.data.records import MAX_SEQ_LENGTH, Record
 from mistral_ft.data.workers import batches as read
 from mistral_ft.data.workers import start_worker, usable_workers
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.model.attention import PACKED
+from mistral_ft.model.attention import PACKED, attention
 from mistral_ft.model.loading import text_model
 from mistral_ft.prediction.decoding import GreedyDecoder, cut_at
 from mistral_ft.prediction.field_confidence import field_confidences, token_ends, value_spans
@@ -147,21 +147,17 @@ class Generator:
         pieces = [
             (row, ids) for row, text in enumerate(texts) for ids in self.encoder.pieces(text, self.max_seq_length)
         ]
-        config, nll = text_model(self.model).config, [0.0] * len(texts)
-        attention, config._attn_implementation = config._attn_implementation, PACKED
+        nll = [0.0] * len(texts)
         try:
-            for group in prompt_groups([len(ids) + 1 for _, ids in pieces]):
-                rows = torch.tensor([pieces[k][0] for k in group]).repeat_interleave(
-                    torch.tensor([len(pieces[k][1]) for k in group])
-                )
-                for row, loss in zip(rows.tolist(), self._losses([pieces[k][1] for k in group]), strict=True):
-                    nll[row] += loss
+            with attention(text_model(self.model).config, PACKED):
+                for group in prompt_groups([len(ids) + 1 for _, ids in pieces]):
+                    rows = [pieces[k][0] for k in group for _ in pieces[k][1]]
+                    for row, loss in zip(rows, self._losses([pieces[k][1] for k in group]), strict=True):
+                        nll[row] += loss
         except torch.OutOfMemoryError:
             raise UserError(
                 "the GPU's memory does not hold plain text of this length; lower --max_seq_length"
             ) from None
-        finally:
-            config._attn_implementation = attention
         tokens = [sum(len(ids) for row, ids in pieces if row == wanted) for wanted in range(len(texts))]
         return [Reading(*pair) for pair in zip(nll, tokens, strict=True)]
 

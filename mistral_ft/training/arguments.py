@@ -32,7 +32,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, except where the help says in words what none means."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if "default:" in action.help or action.default is None else super()._get_help_string(action)
+        text = action.help or ""
+        return text if "default:" in text or action.default is None else super()._get_help_string(action) or ""
 
 
 # Flags that people try, each with the reason why there is none here.
@@ -49,7 +50,7 @@ class TrainParser(OneLineErrors, HfArgumentParser):
     --config names a file of them; what stands on the command line wins.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins over it.")
 
@@ -70,7 +71,7 @@ class TrainParser(OneLineErrors, HfArgumentParser):
             words = self._config_words(config) + words
         try:
             *parsed, _, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
-        except (ValueError, ImportError) as error:
+        except ValueError as error:
             raise UserError(str(error)) from error
         for word in unknown:
             if (name := word.removeprefix("--").partition("=")[0].replace("-", "_")) in ABSENT:
@@ -109,7 +110,7 @@ def changed_fields(arguments: Any) -> dict[str, Any]:
     return changed
 
 
-def _field(default, text: str):
+def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -291,7 +292,7 @@ class LoraArguments:
         None, "LoRA+: how many times their learning rate the adapter's B matrices get (default: 1; the paper takes 16)."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.freeze_vision_tower is False:
             self.vision_lora = True
 
@@ -336,3 +337,9 @@ class LoraArguments:
         if self.projector_lr is not None and not self.train_projector:
             found.append("--projector_lr has no effect without --train_projector True")
         return found
+
+
+# transformers' own come on top: see `settings`.
+OURS = (
+    DataArguments, ModelArguments, LoraArguments, EvaluationArguments, SpeedArguments, CheckpointArguments
+)  # fmt: skip

@@ -1,61 +1,51 @@
 """Evaluation during training: the loss of records that are not learned, answers to some of them, and the best step."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
+from transformers import TrainerState
 
-from mistral_ft.data.collators import GroupCollator, PackBatches, PackedDataset, TrainingCollator
+from mistral_ft.data.collators import Batch, GroupCollator, PackBatches, PackedDataset, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset, RecordSize
 from mistral_ft.data.packing import pack, round_up
-from mistral_ft.data.pages import fingerprint
-from mistral_ft.data.records import Record
-from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.splitting import Splitter
 from mistral_ft.data.workers import Sending, batches, start_worker, usable_workers
 from mistral_ft.distributed import gather, rank, vote, world_size
-from mistral_ft.errors import UserError
 from mistral_ft.model.device import limit_gib
 from mistral_ft.prediction.batch_plan import ROWS_ON_CPU, plan_batches, tokens_that_fit
 from mistral_ft.prediction.decoding import GreedyDecoder
 from mistral_ft.progress import Progress
 from mistral_ft.scoring.metrics import edit_counts, is_exact
 from mistral_ft.training.arguments import BETTER_HIGH
-
-
-def hold_out(records: Sequence[Record], fraction: float, seed: int) -> list[bool]:
-    """For each record whether it is kept from training; those of one page, text or row are so together.
-
-    Raises:
-        UserError: if no such division leaves records on both sides.
-    """
-    splitter, hashes = Splitter(), {}
-    for record in records:
-        images = record.image_paths
-        hashes |= {image: fingerprint(image) for image in images if image not in hashes}
-        asked = hash_json([record.messages, record.text])
-        splitter.add([(record.path, record.line), *([hashes[image] for image in images] or [asked])])
-    held = splitter.divide(fraction, seed)
-    if len(set(held)) == 1:
-        raise UserError(
-            f"--eval_fraction {fraction:g}: {len(records)} records cannot be divided so, for records of one page stay "
-            "together; give another fraction, or --eval_dataset"
-        )
-    return held
-
-
-def divide(
-    records: Sequence[Record], sizes: Sequence[RecordSize], held: Sequence[bool]
-) -> list[tuple[list[Record], list[RecordSize]]]:
-    """Records and their sizes in two: those that are learned, and those that are held out."""
-    rows = list(zip(records, sizes, held, strict=True))
-    return [([r for r, _, h in rows if h == side], [s for _, s, h in rows if h == side]) for side in (False, True)]
+from mistral_ft.training.training_arguments import FinetuneArguments
 
 
 class EvaluationStopped(Exception):
     """An evaluation was ended by a signal, and has found nothing."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a trainer wants its model measured.
+
+    Attributes:
+        length: tokens of a packed sequence; None: records are not packed.
+        summed_loss: the loss of a batch, summed over its labels.
+        stop_requested: whether this process got a signal.
+    """
+
+    length: int | None
+    summed_loss: Callable[[Batch], torch.Tensor]
+    stop_requested: Callable[[], bool]
+
+    def check_stop(self, device: torch.device) -> None:
+        """Raises EvaluationStopped in all processes if one of them got a signal."""
+        if any(vote([self.stop_requested()], device)):
+            raise EvaluationStopped
 
 
 class Evaluator:
@@ -76,11 +66,11 @@ class Evaluator:
         self.answered = sorted(random.Random(0).sample(asking, min(answered, len(asking))))
         self.prompts = RecordDataset(dataset.records, dataset.processor, with_answers=False)
 
-    def measure(self, trainer: Any) -> dict[str, float]:
+    def measure(self, model: PeftModel, args: FinetuneArguments, how: Measuring) -> dict[str, float]:
         """What the model is worth now.
 
         Args:
-            trainer: a `FinetuneTrainer`, whose loss, layout of records and model are used.
+            model: with its adapter, unmerged.
 
         Returns:
             eval_loss: cross entropy in nats, a mean over all labels. If records are answered, eval_exact_match: the
@@ -89,33 +79,32 @@ class Evaluator:
         Raises:
             EvaluationStopped: in all processes, soon after one of them got a signal.
         """
-        model, device = trainer.model, trainer.args.device
-        packs = self._packs(trainer)
+        device, packs = args.device, self._packs(how.length)
         progress = Progress("evaluating", len(packs) + len(self.answered), "part", passing=True)
         model.eval()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-                found = {"eval_loss": self._loss(trainer, packs, progress)}
-                return found | (self._answers(trainer, progress) if self.answered else {})
+                found = {"eval_loss": self._loss(args, how, packs, progress)}
+                return found | (self._answers(model, args, how, progress) if self.answered else {})
         finally:
             model.train()
             progress.close()
 
-    def _packs(self, trainer: Any) -> list[list[int]]:
-        tokens, self.length = [size.tokens for size in self.sizes], trainer.data_collator.length
-        if self.length is None:
+    def _packs(self, length: int | None) -> list[list[int]]:
+        tokens, self.length = [size.tokens for size in self.sizes], length
+        if length is None:
             return [[number] for number in range(len(tokens))]
-        self.length = max(self.length, round_up(max(tokens)))
+        self.length = max(length, round_up(max(tokens)))
         return pack(tokens, self.length)
 
-    def _loss(self, trainer: Any, packs: list[list[int]], progress: Progress) -> float:
-        args, pad = trainer.args, self.dataset.processor.encoder.control.pad
+    def _loss(self, args: FinetuneArguments, how: Measuring, packs: list[list[int]], progress: Progress) -> float:
+        pad = self.dataset.processor.encoder.control.pad
         room = None if self.length is None else max(map(len, packs)) + 1
         loader = DataLoader(
             PackedDataset(self.dataset, packs),
             batch_sampler=PackBatches(len(packs), args.per_device_train_batch_size, seed=0),
             collate_fn=Sending(TrainingCollator(pad, self.length, room)),
-            num_workers=usable_workers(args.dataloader_num_workers),
+            num_workers=usable_workers(args.dataloader_num_workers or 0),
             pin_memory=args.dataloader_pin_memory,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # a loader draws a number: not from the training's
@@ -123,15 +112,18 @@ class Evaluator:
         summed, labels = 0.0, 0
         for batch in batches(loader):
             labels += len(batch.label_positions)
-            summed += trainer.compute_loss(trainer.model, batch.to(args.device), num_items_in_batch=1).item()
+            summed += how.summed_loss(batch.to(args.device)).item()
             progress.update(min(args.per_device_train_batch_size * world_size(), len(packs) - progress.done))
-            _check_stop(trainer)
+            how.check_stop(args.device)
         everyones = gather((summed, labels))
         return sum(loss for loss, _ in everyones) / sum(count for _, count in everyones)
 
-    def _answers(self, trainer: Any, progress: Progress) -> dict[str, float]:
+    def _answers(
+        self, model: PeftModel, args: FinetuneArguments, how: Measuring, progress: Progress
+    ) -> dict[str, float]:
         """Answers of the model as it is, the adapter unmerged; each process writes its share."""
-        core, encoder, device = trainer.model.get_base_model(), self.dataset.processor.encoder, trainer.args.device
+        core: Any = model.get_base_model()
+        encoder, device = self.dataset.processor.encoder, args.device
         # Longer than the longest answer that is expected, an answer is wrong anyway.
         longest = max(self.sizes[number].labels for number in self.answered)
         lengths = [self.sizes[number].tokens + longest for number in self.answered]
@@ -140,41 +132,32 @@ class Evaluator:
             free = min(gather(limit_gib(device) * 2**30 - torch.cuda.memory_allocated(device)))
             most = tokens_that_fit(free, text, max(lengths))
         batches = plan_batches(lengths, ROWS_ON_CPU if device.type == "cpu" else len(lengths), most)
-        training_attention = text._attn_implementation
         decoder = GreedyDecoder(core, encoder.control.eos, graphs=False)
         collate = GroupCollator(encoder.control.pad)
         hits = edits = characters = 0
-        try:
-            for start in range(0, len(batches), world_size()):
-                batch = batches[start + rank()] if start + rank() < len(batches) else []
-                numbers = [self.answered[index] for index in batch]
-                prompts = collate([self.prompts[number] for number in numbers])
-                ids = decoder.decode(prompts, longest, lambda: trainer.stop.requested)[0] if batch else []
-                _check_stop(trainer)
-                for number, answer in zip(numbers, map(encoder.decode, ids), strict=True):
-                    expected = self.dataset.records[number].expected
-                    found = edit_counts(answer, expected)
-                    hits, edits = hits + is_exact(answer, expected), edits + found[0]
-                    characters += found[1]
-                progress.update(len(batch))
-        finally:
-            text._attn_implementation = training_attention
+        for start in range(0, len(batches), world_size()):
+            batch = batches[start + rank()] if start + rank() < len(batches) else []
+            numbers = [self.answered[index] for index in batch]
+            prompts = collate([self.prompts[number] for number in numbers])
+            ids = decoder.decode(prompts, longest, how.stop_requested)[0] if batch else []
+            how.check_stop(device)
+            for number, answer in zip(numbers, map(encoder.decode, ids), strict=True):
+                expected = self.dataset.records[number].expected or ""
+                found = edit_counts(answer, expected)
+                hits, edits = hits + is_exact(answer, expected), edits + found[0]
+                characters += found[1]
+            progress.update(len(batch))
         hits, edits, characters = map(sum, zip(*gather((hits, edits, characters)), strict=True))
         return {"eval_exact_match": hits / len(self.answered), "eval_cer": edits / max(1, characters)}
 
 
-def _check_stop(trainer: Any) -> None:
-    if any(vote([trainer.stop.requested], trainer.args.device)):
-        raise EvaluationStopped
-
-
-def ends_epoch(state: Any) -> bool:
+def ends_epoch(state: TrainerState) -> bool:
     """Whether a trainer's state is that after the last step of an epoch, or of the run."""
     return state.epoch == int(state.epoch) or state.global_step >= state.max_steps
 
 
-def evaluation_is_due(args: Any, state: Any) -> bool:
-    """Whether a `FinetuneArguments` asks for an evaluation at the step where a trainer's state is."""
+def evaluation_is_due(args: FinetuneArguments, state: TrainerState) -> bool:
+    """Whether the arguments ask for an evaluation at the step where a trainer's state is."""
     step = state.global_step
     if step == 0:
         return args.evaluate_first
@@ -190,6 +173,12 @@ def best_evaluation(history: Sequence[dict[str, Any]], metric: str) -> dict[str,
     found = [entry for entry in history if f"eval_{metric}" in entry and entry["step"] > 0]
     choose = max if metric in BETTER_HIGH else min
     return choose(found, key=lambda entry: entry[f"eval_{metric}"], default=None)
+
+
+def best_step(args: FinetuneArguments, state: TrainerState) -> int | None:
+    """The step of the best evaluation so far."""
+    best = best_evaluation(state.log_history, args.metric_for_best_model)
+    return best["step"] if best else None
 
 
 def is_worn_out(history: Sequence[dict[str, Any]], metric: str, patience: int | None) -> bool:
@@ -217,6 +206,7 @@ def verdict(history: Sequence[dict[str, Any]], metric: str, kept: int) -> str:
     """
     best, name = best_evaluation(history, metric), metric.replace("exact_match", "exact match").replace("cer", "CER")
     name = "eval loss" if metric == "loss" else name
+    assert best is not None  # there was an evaluation
     last = [entry for entry in history if f"eval_{metric}" in entry][-1]
     value, now = best[f"eval_{metric}"], last[f"eval_{metric}"]
     when = f"step {best['step']} (epoch {best['epoch']:.2g})"

@@ -3,13 +3,18 @@
 import json
 import re
 
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel, set_seed
 
 from mistral_ft.errors import UserError
-from mistral_ft.folders import ADAPTER_WEIGHTS, RUN_FILE, full_name, locate
+from mistral_ft.folders import ADAPTER_WEIGHTS, RUN_FILE, find_model_folder, full_name, locate
 from mistral_ft.model.adapter import PROJECTOR, TEXT_LAYERS, VISION_LAYERS, Adapter, _by_pattern
+from mistral_ft.model.loading import held_bytes, load_base
 from mistral_ft.training.arguments import LoraArguments, changed_fields
+from mistral_ft.training.settings import Settings
 
 
 def target_modules(model: nn.Module, args: LoraArguments) -> str:
@@ -49,12 +54,13 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
-def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
+def find_start(settings: Settings) -> Adapter | None:
     """The adapter of --init_adapter; None without one.
 
     Raises:
         UserError: if it is no run's, or that run had another base or other flags that give the adapter its shape.
     """
+    args, model_id = settings.lora, settings.model.model_id
     if args.init_adapter is None:
         return None
     adapter, now = Adapter(locate(args.init_adapter)), changed_fields(args)
@@ -74,7 +80,24 @@ def find_start(args: LoraArguments, model_id: str) -> "Adapter | None":
     return adapter
 
 
-def add_adapter(model: nn.Module, args: LoraArguments, model_id: str, start: "Adapter | None" = None) -> nn.Module:
+def load_with_adapter(settings: Settings, device: torch.device, start: Adapter | None) -> PeftModel:
+    """The base, frozen, with an adapter to train; says how much of it learns.
+
+    Args:
+        start: see `add_adapter`.
+    """
+    name, sharded = settings.model.model_id, settings.speed.shard_base
+    set_seed(settings.training.seed)
+    base = load_base(find_model_folder(name), device, sharded, settings.model.rounding)
+    model = add_adapter(base, settings.lora, name, start)
+    print("{:,} of {:,} parameters learn".format(*model.get_nb_trainable_parameters()))
+    if sharded:
+        held, whole = (amount / 2**30 for amount in held_bytes(model))
+        print(f"Each process holds {held:.4g} GiB of the {whole:.4g} GiB that the model has")
+    return model
+
+
+def add_adapter(model: PreTrainedModel, args: LoraArguments, model_id: str, start: Adapter | None = None) -> PeftModel:
     """Freeze the model and wrap it with an adapter that names `model_id` as its base.
 
     A new one, or one with the values of `start`, which must have the same shape (see `find_start`).
@@ -82,8 +105,6 @@ def add_adapter(model: nn.Module, args: LoraArguments, model_id: str, start: "Ad
     Raises:
         UserError: if one of the arguments fits to no layer.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # slow to import, and merge does without
-
     targets = target_modules(model, args)
     names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
     patterns = {name: json.loads(getattr(args, name) or "{}") for name in ("rank_pattern", "alpha_pattern")}
@@ -101,9 +122,10 @@ def add_adapter(model: nn.Module, args: LoraArguments, model_id: str, start: "Ad
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
     config.base_model_name_or_path = model_id  # peft writes the folder it was loaded from
     if start is not None:
-        set_peft_model_state_dict(model, load_file(start.folder / ADAPTER_WEIGHTS))
-        start.check_loaded(model)
-    return model
+        set_peft_model_state_dict(wrapped, load_file(start.folder / ADAPTER_WEIGHTS))
+        start.check_loaded(wrapped)
+    assert isinstance(wrapped, PeftModel)  # mixed models come from another function
+    return wrapped

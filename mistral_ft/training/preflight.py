@@ -5,9 +5,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 
@@ -29,9 +30,10 @@ TOKENS_ON_CPU = 4096
 SPARE_GIB = 0.75
 
 
-def tokens_without_recomputation(model: nn.Module, device: torch.device) -> int:
+def tokens_without_recomputation(model: PeftModel, device: torch.device) -> int:
     """How long a sequence may be, by estimate, for its activations to be kept; the trial run has the last word."""
-    config = model.get_base_model().config.get_text_config()
+    base: Any = model.get_base_model()
+    config = base.config.get_text_config()
     kept, at_work = activation_bytes(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Still to come for what is trained: gradients and Adam's two moments in fp32.
@@ -81,6 +83,8 @@ def plan_layers(layers: int, limit: float, run: Callable[[int, bool], Trial]) ->
         if not fits(trials[-1]):
             return [*trials, trials[-2]]
     before, last = trials[-2:]
+    assert before.peak_gib is not None  # both fit
+    assert last.peak_gib is not None
     each = max((last.peak_gib - before.peak_gib) / (before.recomputed - last.recomputed), 1e-3)
     recomputed = max(0, last.recomputed - int((limit - last.peak_gib) / each))
     while recomputed < last.recomputed:
@@ -113,7 +117,7 @@ class Preflight:
         Returns:
             Whether any plan fits.
         """
-        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        parameters = self.trainer.trained.values()
         weights = [p.detach().cpu().clone() for p in parameters]
         optimizer = self.trainer.create_optimizer()
         limit = min(gather(limit_gib(self.device))) - SPARE_GIB
@@ -138,7 +142,8 @@ class Preflight:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        peak, seconds = None, 0.0
+        peak: float | None = None
+        seconds = 0.0
         try:
             with torch.random.fork_rng([self.device]):
                 for batch in [*self.batches, self.batches[-1]]:
@@ -162,8 +167,8 @@ class Preflight:
             self.trainer.optimizer.zero_grad(set_to_none=True)
         # What does not fit on one of several GPUs fits on none; the slowest sets the time.
         everyones = gather((peak, seconds))
-        peaks = [peak for peak, _ in everyones]
-        peak = None if None in peaks else max(peaks)
+        peaks = [peak for peak, _ in everyones if peak is not None]
+        peak = max(peaks) if len(peaks) == len(everyones) else None
         trial = Trial(recomputed, offloaded, peak, max(seconds for _, seconds in everyones))
         print(trial, flush=True)
         return trial
@@ -172,7 +177,7 @@ class Preflight:
         model, optimizer = self.trainer.model, self.trainer.optimizer
         self.trainer.seeds.draw()
         self.trainer.compute_loss(model, batch.to(self.device)).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trainer.trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -205,15 +210,13 @@ def plan_training(
         Tokens of a packed sequence; None without packing.
 
     Raises:
-        UserError: if the flags contradict each other, or the largest record does not fit.
+        UserError: if the largest record does not fit.
     """
     args, model = trainer.args, trainer.model
     on_gpu = args.device.type == "cuda"
     packing = speed.packing
     if packing is None:
         packing = speed.pack_length is not None or (on_gpu and args.per_device_train_batch_size == 1)
-    if packing and args.per_device_train_batch_size > 1:
-        raise UserError("--packing: a step holds one sequence; for more of them use --gradient_accumulation_steps")
     runners = take_over_layers(model, compiled=on_gpu if speed.compile is None else speed.compile, packing=packing)
     text, *towers = runners
     text.recomputed = text.count if args.recompute else 0
@@ -222,19 +225,13 @@ def plan_training(
         tower.recomputed = tower.count if args.recompute or (on_gpu and args.recompute is None) else 0
 
     tokens = [size.tokens for size in sizes]
-    lengths = [length or speed.pack_length]
-    if packing and lengths == [None]:
-        most = tokens_without_recomputation(model, args.device) if on_gpu else TOKENS_ON_CPU
-        epochs = args.num_train_epochs if args.max_steps < 0 else math.inf
-        at_once = args.gradient_accumulation_steps * world_size()
-        shortest, chosen = round_up(max(tokens)), choose_length(tokens, most, epochs, at_once)
-        lengths = [chosen, shortest] if shortest < chosen else [chosen]
+    lengths = _lengths(trainer, tokens, length or speed.pack_length) if packing else [None]
     for length in lengths:
-        if packing and max(tokens) > length:
+        if length is not None and max(tokens) > length:
             raise UserError(f"--pack_length {length}: the longest record has {max(tokens):,} tokens")
-        packs = pack(tokens, length, args.seed) if packing else [[number] for number in range(len(sizes))]
+        packs = [[number] for number in range(len(sizes))] if length is None else pack(tokens, length, args.seed)
         trainer.use_packs(dataset, packs, dataset.processor.encoder.control.pad, length)
-        if packing:
+        if length is not None:
             share = sum(tokens) / (length * len(packs))
             print(f"Packed into {len(packs)} sequences of {length:,} tokens, {share:.1%} full")
         if not on_gpu:
@@ -254,11 +251,24 @@ def plan_training(
     )
 
 
-def take_over_layers(model: nn.Module, compiled: bool, packing: bool) -> list[LayerRunner]:
+def _lengths(trainer: FinetuneTrainer, tokens: Sequence[int], length: int | None) -> list[int]:
+    """Tokens of packed sequences that are worth a try: the best first, then what the longest record needs."""
+    if length is not None:
+        return [length]
+    args = trainer.args
+    on_gpu = args.device.type == "cuda"
+    most = tokens_without_recomputation(trainer.model, args.device) if on_gpu else TOKENS_ON_CPU
+    epochs = args.num_train_epochs if args.max_steps < 0 else math.inf
+    at_once = args.gradient_accumulation_steps * world_size()
+    shortest, chosen = round_up(max(tokens)), choose_length(tokens, most, epochs, at_once)
+    return [chosen, shortest] if shortest < chosen else [chosen]
+
+
+def take_over_layers(model: PeftModel, compiled: bool, packing: bool) -> list[LayerRunner]:
     """Have the layers of the text model and, if there is one, of the vision tower run by a `LayerRunner` each."""
     if compiled:
         set_up_compiler()
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     text = text_model(base)
     text.config._attn_implementation = PACKED
     # Packed sequences have one length. Pages come in many.

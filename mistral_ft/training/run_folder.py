@@ -16,14 +16,16 @@ from typing import Any
 
 from mistral_ft.data.prompt.files import save_prompt_files
 from mistral_ft.data.rows import data_files
-from mistral_ft.distributed import rank, world_size
+from mistral_ft.distributed import from_first, rank, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.files import fsync_path, read_settings, settle, sha256_file, write_json
-from mistral_ft.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, RUN_FILE, full_name, read_run
+from mistral_ft.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, RUN_FILE, full_name, locate, read_run
 from mistral_ft.model.card import write_model_card
 from mistral_ft.training.arguments import ABOUT_EVALUATION, changed_fields
 from mistral_ft.training.checkpoints import fault, newest_first, newest_sound, step_of
 from mistral_ft.training.config_file import write_config
+from mistral_ft.training.settings import Settings
+from mistral_ft.training.training_arguments import FinetuneArguments
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
 
@@ -54,11 +56,30 @@ class Run:
     checkpoint: Path | None = None
 
     @classmethod
-    def create(cls, output_dir: str | os.PathLike, settings: dict[str, Any], base: Path, rows: int) -> "Run":
+    def find(cls, settings: Settings) -> "Run | None":
+        """The run that --resume_from_checkpoint names, the same in all processes; None for a new one.
+
+        Raises:
+            UserError: if it cannot be continued so.
+        """
+        args = settings.training
+        wanted, output_dir = args.resume_from_checkpoint, args.output_dir or ""
+        # Where it cannot be made, training ends here and not after all pages were read.
+        from_first(lambda: Path(output_dir).mkdir(parents=True, exist_ok=True))
+        if wanted is None:
+            return None
+        if wanted != "auto":
+            return from_first(lambda: cls.resume(locate(wanted, output_dir), settings))
+        found = from_first(lambda: cls.resume_newest(output_dir, settings))
+        if found is None or not found.is_over:
+            print(f"Continuing from {found.checkpoint}" if found else "Nothing to continue from: a new run")
+        return found
+
+    @classmethod
+    def create(cls, settings: Settings, base: Path, rows: int) -> "Run":
         """Make a new folder with a name one can say, such as amber-otter-3f9a12c0, and write what is known now.
 
         Args:
-            settings: the argument dataclasses, by name.
             base: folder of the base model, whose tokenizer and processor files go with the adapter.
             rows: number of records.
 
@@ -67,19 +88,19 @@ class Run:
         """
         draw = random.SystemRandom()
         name = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}-{secrets.token_hex(4)}"
-        run = cls(Path(output_dir) / name)
+        run = cls(Path(settings.training.output_dir or "") / name)
         run.folder.mkdir(parents=True)
         with run.cleaned_up_if_useless():
             run._write(settings, base, rows)
         return run
 
-    def _write(self, settings: dict[str, Any], base: Path, rows: int) -> None:
+    def _write(self, settings: Settings, base: Path, rows: int) -> None:
         template = save_prompt_files(base, self.folder)
         chosen = {
-            name: _json(arguments.given if name == "training" else changed_fields(arguments))
-            for name, arguments in settings.items()
+            name: _json(settings.training.given if name == "training" else changed_fields(arguments))
+            for name, arguments in vars(settings).items()
         }
-        files = hash_files(settings["data"].dataset)
+        files = hash_files(settings.data.dataset)
         flat = {name: value for group in chosen.values() for name, value in group.items()}
         write_config(
             self.folder / CONFIG_FILE,
@@ -89,7 +110,7 @@ class Run:
             self.folder / RUN_FILE,
             {
                 "number": 1 + max((number for number, _ in _runs(self.folder.parent)), default=0),
-                "base_model": settings["model"].model_id,
+                "base_model": settings.model.model_id,
                 "data": {"files": files, "rows": rows},
                 "resume": _describe(settings, files),
                 "prompt": {
@@ -102,7 +123,7 @@ class Run:
         )
 
     @classmethod
-    def resume(cls, path: str | os.PathLike, settings: dict[str, Any]) -> "Run":
+    def resume(cls, path: str | os.PathLike, settings: Settings) -> "Run":
         """Continue the run of a checkpoint, or of a run folder's newest sound checkpoint.
 
         Raises:
@@ -110,14 +131,14 @@ class Run:
         """
         checkpoint = find_checkpoint(path)
         folder = checkpoint.parent
-        if changed := _changes(read_run(folder), _describe(settings, hash_files(settings["data"].dataset))):
+        if changed := _changes(read_run(folder), _describe(settings, hash_files(settings.data.dataset))):
             raise UserError(
                 f"{folder}: cannot be continued with another {', '.join(changed)}; its own are in its {RUN_FILE}"
             )
         return cls(folder, checkpoint)
 
     @classmethod
-    def resume_newest(cls, output_dir: str | os.PathLike, settings: dict[str, Any]) -> "Run | None":
+    def resume_newest(cls, output_dir: str | os.PathLike, settings: Settings) -> "Run | None":
         """Continue the newest run with the same settings that has a sound checkpoint, or an adapter: it is over then.
 
         Returns:
@@ -126,7 +147,7 @@ class Run:
         Raises:
             UserError: if the newest run of this data's name is unfinished, and its data has been edited.
         """
-        files = hash_files(settings["data"].dataset)
+        files = hash_files(settings.data.dataset)
         now, names = _describe(settings, files), [file["path"] for file in files]
         for _, folder in sorted(_runs(output_dir), reverse=True):
             written = read_run(folder)
@@ -142,13 +163,32 @@ class Run:
                 return cls(folder, checkpoint)
         return None
 
+    def enter(self, args: FinetuneArguments) -> None:
+        """Have the arguments name the run's folder as the one to write into.
+
+        Raises:
+            UserError: if this process does not see it.
+        """
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: not to be seen by process {rank()}; --output_dir must be on a shared disk")
+        args.output_dir, args.run_name = str(self.folder), args.run_name or self.folder.name
+
     @property
-    def pack_length(self) -> int | None:
+    def step(self) -> int:
+        """The step to go on from, 0 for a new run."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to continue."""
+        return self.checkpoint is None and (self.folder / ADAPTER_CONFIG).exists()
+
+    def read_pack_length(self) -> int | None:
         """Tokens of a packed sequence, once that is decided. To resume, it must be what it was."""
         return read_run(self.folder).get("pack_length")
 
-    @pack_length.setter
-    def pack_length(self, length: int | None) -> None:
+    def write_pack_length(self, length: int | None) -> None:
+        """Keep it in the run file."""
         if rank() == 0:
             write_json(self.folder / RUN_FILE, read_run(self.folder) | {"pack_length": length})
 
@@ -188,19 +228,19 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def _describe(settings: dict[str, Any], files: Sequence[dict[str, str]]) -> dict[str, Any]:
+def _describe(settings: Settings, files: Sequence[dict[str, str]]) -> dict[str, Any]:
     """What must be the same for a run to be continued; `files` as `hash_files` names those of the data."""
-    training = _json(settings["training"].given)
+    training = _json(settings.training.given)
     return {
-        "base_model": full_name(settings["model"].model_id),
-        "rounding": settings["model"].rounding,
+        "base_model": full_name(settings.model.model_id),
+        "rounding": settings.model.rounding,
         "data": [file["sha256"] for file in files],
-        "images_dir": settings["data"].images_dir,
-        "evaluation": {"eval_fraction": settings["evaluation"].eval_fraction},
-        "lora": _json(changed_fields(settings["lora"])),
+        "images_dir": settings.data.images_dir,
+        "evaluation": {"eval_fraction": settings.evaluation.eval_fraction},
+        "lora": _json(changed_fields(settings.lora)),
         "speed": {
             name: value
-            for name, value in changed_fields(settings["speed"]).items()
+            for name, value in changed_fields(settings.speed).items()
             if name not in ("compile", "shard_base")  # the same numbers, computed elsewhere
         },
         "training": {name: value for name, value in training.items() if not name.startswith(FREE_TO_CHANGE)},

@@ -16,7 +16,7 @@ class Stop:
         requested: whether there was one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "Stop":

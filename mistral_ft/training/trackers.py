@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from mistral_ft.distributed import rank
 from mistral_ft.errors import UserError
+from mistral_ft.training.settings import Settings
 from mistral_ft.training.training_arguments import FinetuneArguments
 
 # Those that say at once whether they can be used: a login or a server may be missing.
@@ -22,7 +24,7 @@ SET_UP_EARLY = ("wandb", "trackio", "mlflow")
 def check_trackers(args: FinetuneArguments) -> None:
     """Raises UserError if a tracker of --report_to is unknown, or its package is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else it calls home when it is imported
-    for name in args.report_to:
+    for name in args.trackers:
         try:
             for tracker in get_reporting_integration_callbacks([name]):
                 tracker()
@@ -31,9 +33,7 @@ def check_trackers(args: FinetuneArguments) -> None:
 
 
 @contextlib.contextmanager
-def tracking(
-    args: FinetuneArguments, settings: dict[str, Any], folder: Path, step: int
-) -> Iterator[list[TrainerCallback]]:
+def tracking(settings: Settings, folder: Path, step: int) -> Iterator[list[TrainerCallback]]:
     """Callbacks for the trackers of --report_to, whose runs begin now and end with the context.
 
     Of several processes the first one has them. They are told all settings, the toolkit's own too; whether the run was
@@ -41,20 +41,20 @@ def tracking(
     trackio's stores) stays where these tools look for it.
 
     Args:
-        settings: the argument dataclasses, by name.
         folder: the run's.
         step: the one to go on from, 0 for a new run.
 
     Raises:
         UserError: if a tracker cannot be used.
     """
-    ours = [dataclasses.asdict(arguments) for name, arguments in settings.items() if name != "training"]
+    args = settings.training
+    ours = [dataclasses.asdict(arguments) for name, arguments in vars(settings).items() if name != "training"]
     args.recorded = {name: value for group in ours for name, value in group.items()}
     args.recorded |= args.given | {"output_dir": args.output_dir}
     trackers: dict[str, TrainerCallback] = {}
     state = "FAILED"
     try:
-        for name in args.report_to if rank() == 0 else ():
+        for name in args.trackers if rank() == 0 else ():
             try:
                 trackers[name] = _start(name, args, folder, step)
             except Exception as error:  # whatever a library raises without a login, a server or a disk
@@ -68,16 +68,16 @@ def tracking(
         _end(trackers, state)
 
 
-def _start(name: str, args: FinetuneArguments, folder: Path, step: int) -> TrainerCallback:
+def _start(name: str, args: FinetuneArguments, folder: Path, step: int) -> Any:
     (kind,) = get_reporting_integration_callbacks([name])
     if name == "tensorboard":
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            tensorboard = import_module("torch.utils.tensorboard")
         except ImportError:
-            from tensorboardX import SummaryWriter
+            tensorboard = import_module("tensorboardX")
         # One curve, also of a run that goes on: the steps that are made again are dropped.
         where = os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "tensorboard")
-        return kind(SummaryWriter(str(where), purge_step=step + 1 if step else None))
+        return kind(tensorboard.SummaryWriter(str(where), purge_step=step + 1 if step else None))
     if name == "wandb":
         os.environ.setdefault("WANDB_DIR", str(folder))
     tracker = kind()
@@ -88,7 +88,7 @@ def _start(name: str, args: FinetuneArguments, folder: Path, step: int) -> Train
     return tracker
 
 
-def _end(trackers: dict[str, TrainerCallback], state: str) -> None:
+def _end(trackers: dict[str, Any], state: str) -> None:
     """End what is still open, before the folder of a run that failed is removed. A run is not lost for a tracker."""
     for name, tracker in trackers.items():
         try:

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 
 from mistral_ft.distributed import join
 from mistral_ft.errors import UserError
@@ -49,6 +48,7 @@ class FinetuneArguments(TrainingArguments):
         recompute: whether all layers or none are computed twice (activation checkpointing); None: as many as needed.
         keep_best: whether the adapter of the best evaluation is the one that is kept.
         evaluate_first: whether to evaluate before the first step too.
+        trackers: the names of --report_to.
         recorded: what trackers are told instead of, and beside, these arguments as they were changed here.
         noise: of NEFTune, see `EmbeddingNoise`; None: without.
     """
@@ -58,12 +58,18 @@ class FinetuneArguments(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # a loss that is not a number is never hidden
     remove_unused_columns: bool = False
-    bf16: bool | None = None  # it says what is so anyway: bfloat16 on a GPU, float32 on a CPU
+    # It says what is so anyway: bfloat16 on a GPU, float32 on a CPU.
+    bf16: bool | None = None  # type: ignore[assignment]
     gradient_checkpointing: bool | None = None  # default: as many layers as the GPU's memory asks for
-    dataloader_num_workers: int | None = None  # default: 4 with a GPU, which is faster than pages are read
+    # Default: 4 with a GPU, which is faster than pages are read.
+    dataloader_num_workers: int | None = None  # type: ignore[assignment]
+    metric_for_best_model: str = "loss"
 
-    def __post_init__(self):
-        """Raises ValueError, one line for all arguments that cannot act here."""
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line for all arguments that cannot act here.
+
+        What transformers derives from the machine and the other processes waits for `begin`: parsing joins nobody.
+        """
         self.given = changed_fields(self)  # before anything is derived from the machine or the libraries' state
         problems = [
             f"--{name}: {reason}" for reason, names in REFUSED.items() for name in names.split() if name in self.given
@@ -76,7 +82,7 @@ class FinetuneArguments(TrainingArguments):
         kwargs = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
         if (isinstance(kwargs, dict) and kwargs.get("use_reentrant")) or 'use_reentrant": true' in str(kwargs).lower():
             problems.append("checkpointing is never re-entrant: that loses the vision tower's gradient")
-        self.metric_for_best_model = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
         if self.metric_for_best_model not in METRICS:
             problems.append(
                 f"--metric_for_best_model {self.metric_for_best_model}: must be one of {', '.join(METRICS)}"
@@ -117,30 +123,26 @@ class FinetuneArguments(TrainingArguments):
             self.dataloader_num_workers = 4 if on_gpu else 0
         self.dataloader_pin_memory &= on_gpu
         self.use_cpu = not on_gpu  # else accelerate does not see that there are several processes
-        join(self.ddp_timeout, on_gpu, self.ddp_backend)
         trackers = [] if self.report_to in (None, "none", []) else self.report_to
-        trackers = trackers.split(",") if isinstance(trackers, str) else trackers
-        super().__post_init__()
-        self.report_to = trackers  # not one more because of what the machine's environment says
+        self.trackers = trackers.split(",") if isinstance(trackers, str) else list(trackers or ())
         self.recorded: dict[str, Any] = {}
+
+    def begin(self) -> "FinetuneArguments":
+        """Join the other processes, take this one's GPU, and derive what transformers does.
+
+        Raises:
+            UserError: for values that transformers refuses.
+        """
+        join(self.ddp_timeout, not self.use_cpu, self.ddp_backend)
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error)) from error
+        self.report_to = self.trackers  # not one more because of what the machine's environment says
         # One process drives one GPU; with several visible, Trainer would fall back to DataParallel.
         self._n_gpu = min(1, self.n_gpu)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments as trackers record them."""
         return super().to_dict() | self.recorded
-
-
-def check_optimizer(args: FinetuneArguments) -> None:
-    """Build the optimizer and the schedule for a single number, so that wrong flags end before the model is loaded.
-
-    Raises:
-        UserError: what they say.
-    """
-    try:
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
-        warmup = args.get_warmup_steps(10)
-        get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except Exception as error:
-        raise UserError(f"--optim {args.optim}, --lr_scheduler_type {args.lr_scheduler_type}: {error}") from error

@@ -100,7 +100,7 @@ def learn(tmp_path_factory):
         assert lora.problems() == []
         torch.manual_seed(0)
         model = add_adapter(load_base(TINY, torch.device("cpu")), lora, "models/tiny")
-        args = FinetuneArguments(output_dir=str(folder), save_strategy="no", **chosen)
+        args = FinetuneArguments(output_dir=str(folder), save_strategy="no", **chosen).begin()
         rates = {"vision_tower": lora.vision_lr, "multi_modal_projector": lora.projector_lr}
         rates = {part: rate for part, rate in rates.items() if rate is not None}
         ratio = lora.loraplus_lr_ratio or 1

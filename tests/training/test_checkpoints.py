@@ -17,6 +17,7 @@ from mistral_ft.training import checkpoints
 from mistral_ft.training import signals as stopping
 from mistral_ft.training import trainer as training
 from mistral_ft.training.run_folder import Run
+from mistral_ft.training.settings import Settings
 from tests.conftest import TINY, read_rows, write_jsonl
 
 TRAIN = ("--per_device_train_batch_size", 2, "--save_steps", 2, "--max_steps", 6, "--lora_dropout", 0.1)
@@ -156,20 +157,7 @@ def test_the_newest_run_is_told_by_numbers_not_by_clocks(whole, command, run_cli
 
 
 def settings_of(command):
-    from mistral_ft.training.arguments import (
-        DataArguments,
-        EvaluationArguments,
-        LoraArguments,
-        ModelArguments,
-        SpeedArguments,
-        TrainParser,
-    )
-    from mistral_ft.training.training_arguments import FinetuneArguments
-
-    names = ("data", "model", "lora", "speed", "evaluation", "training")
-    ours = (DataArguments, ModelArguments, LoraArguments, SpeedArguments, EvaluationArguments)
-    parsed = TrainParser((*ours, FinetuneArguments)).parse(list(map(str, command)))
-    return dict(zip(names, parsed, strict=True))
+    return Settings.parse(list(map(str, command)))
 
 
 @pytest.mark.parametrize("how", ["auto", "folder"])

@@ -16,7 +16,8 @@ from mistral_ft.prediction.decoding import GreedyDecoder
 from mistral_ft.scoring.metrics import edit_counts
 from mistral_ft.training import checkpoints
 from mistral_ft.training.arguments import EvaluationArguments
-from mistral_ft.training.evaluation import Evaluator, best_evaluation, hold_out, verdict
+from mistral_ft.training.evaluation import Evaluator, best_evaluation, verdict
+from mistral_ft.training.examples import hold_out
 from mistral_ft.training.run_folder import Run
 from mistral_ft.training.run_log import METRICS_FILE
 from mistral_ft.training.trainer import FinetuneTrainer
@@ -75,9 +76,14 @@ def losses(monkeypatch):
     """Have evaluations find these losses at these steps."""
 
     def set_losses(by_step):
-        monkeypatch.setattr(
-            Evaluator, "measure", lambda self, trainer: {"eval_loss": by_step[trainer.state.global_step]}
-        )
+        evaluate, steps = FinetuneTrainer.evaluate, []
+
+        def noting(self, *args, **kwargs):
+            steps.append(self.state.global_step)
+            return evaluate(self, *args, **kwargs)
+
+        monkeypatch.setattr(FinetuneTrainer, "evaluate", noting)
+        monkeypatch.setattr(Evaluator, "measure", lambda self, model, args, how: {"eval_loss": by_step[steps[-1]]})
 
     return set_losses
 

@@ -23,9 +23,10 @@ from mistral_ft.training import run_folder
 from mistral_ft.training.arguments import LoraArguments, SpeedArguments
 from mistral_ft.training.evaluation import Evaluator
 from mistral_ft.training.new_adapter import add_adapter, target_modules
+from mistral_ft.training.optimizer import check_optimizer
 from mistral_ft.training.preflight import Trial, largest, plan_layers, plan_training
 from mistral_ft.training.trainer import FinetuneTrainer
-from mistral_ft.training.training_arguments import FinetuneArguments, check_optimizer
+from mistral_ft.training.training_arguments import FinetuneArguments
 from tests.conftest import TINY, read_rows
 
 ALL = LoraArguments(lora_dropout=0, vision_lora=True, train_projector=True)
@@ -47,7 +48,7 @@ def make_trainer(dataset, tmp_path):
             if "lora_B" in name:  # zero at first, which would hide half of the gradients
                 torch.nn.init.normal_(parameter, std=0.02)
         (tmp_path / "run").mkdir(exist_ok=True)
-        args = FinetuneArguments(output_dir=str(tmp_path / "run"), save_strategy="no", **arguments)
+        args = FinetuneArguments(output_dir=str(tmp_path / "run"), save_strategy="no", **arguments).begin()
         trainer = FinetuneTrainer(model=model, args=args)
         plan_training(trainer, dataset, sizes, speed or SpeedArguments())
         return trainer
@@ -123,7 +124,8 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(make_trainer, spe
 def test_the_loss_of_an_evaluation_is_that_of_transformers_and_peft(make_trainer, dataset, speed):
     trainer = make_trainer(speed=speed, per_device_train_batch_size=1 if speed.pack_length else 3)
     sizes = measure_records(dataset.records, dataset.processor, 1000)
-    found = Evaluator(dataset, sizes, answered=0).measure(trainer)
+    trainer.evaluator = Evaluator(dataset, sizes, answered=0)
+    found = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
     expected, _ = plain_loss_and_gradients(trainer, range(len(dataset)))
     assert found == {"eval_loss": pytest.approx(expected, rel=1e-5)}
     assert trainer.model.training
@@ -474,7 +476,7 @@ def test_values_that_would_train_nothing_are_refused_by_name(arguments, tmp_path
 @pytest.mark.parametrize("arguments", [{"adam_beta2": 1.5}, {"optim": "galore_adamw"}, {"optim_args": "x"}])
 def test_optimizers_that_cannot_be_built_are_refused_early(arguments, tmp_path):
     with pytest.raises(UserError, match="--optim"):
-        check_optimizer(FinetuneArguments(output_dir=str(tmp_path), **arguments))
+        check_optimizer(FinetuneArguments(output_dir=str(tmp_path), **arguments).begin())
 
 
 def test_freeze_vision_tower_false_adapts_the_tower():
