@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from mistral_ft.data.collators import Batch, PackBatches, PackedDataset, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.workers import Sending, WorkerLost, start_worker, usable_workers, waiting_for_workers
-from mistral_ft.distributed import from_first, gather, rank, sum_gradients, total, vote, world_size
+from mistral_ft.distributed import from_first, rank, sum_gradients, total, vote, world_size
 from mistral_ft.errors import UserError
 from mistral_ft.folders import ADAPTER_WEIGHTS
 from mistral_ft.model.layers import EmbeddingNoise, Seeds
@@ -49,6 +49,7 @@ from mistral_ft.training.evaluation import (
 )
 from mistral_ft.training.optimizer import split_by_rate
 from mistral_ft.training.random_state import random_state, set_random_state
+from mistral_ft.training.refusal import refuse_step
 from mistral_ft.training.run_log import RunLog
 from mistral_ft.training.signals import Stop, Timer
 from mistral_ft.training.training_arguments import FinetuneArguments
@@ -276,33 +277,12 @@ class FinetuneTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | None:
         norm = super()._get_grad_norm(model, grad_norm)
         # A loss that is no number gives gradients that are none, and the sum of all processes' is none in each of them.
-        if not math.isfinite(norm):
-            self._refuse_step()
+        if norm is not None and not math.isfinite(norm):
+            finite = [bool(loss.isfinite()) for loss in self._losses]
+            accumulation = self.args.gradient_accumulation_steps
+            refuse_step(self.state.global_step, finite, self.batches, self.train_dataset, accumulation)
         self._losses.clear()
         return norm
-
-    def _refuse_step(self) -> NoReturn:
-        """End before a step that would spoil the weights.
-
-        Raises:
-            UserError: naming the records of the step; where a loss is no number, those of its micro-batches.
-        """
-        finite = [loss.isfinite().item() for loss in self._losses]
-        in_a_loss = any(gather(not all(finite)))
-        accumulation = self.args.gradient_accumulation_steps
-        start = self.state.global_step % math.ceil(len(self.batches) / accumulation) * accumulation
-        turns = self.batches.turns(start, start + accumulation)
-        suspect = [not (good and in_a_loss) for good in finite]
-        mine = [pack for batch, named in zip(turns, suspect, strict=True) if named for pack in batch]
-        packed = self.train_dataset
-        numbers = sorted(number for packs in gather(mine) for pack in packs for number in packed.packs[pack])
-        named = [f"{packed.dataset.records[n].path}:{packed.dataset.records[n].line}" for n in numbers]
-        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        what = "loss" if in_a_loss else "gradient"
-        raise UserError(
-            f"the {what} of step {self.state.global_step + 1} is no finite number, the step was not made; its records: "
-            f"{', '.join(named[:8])}{more}; look at them, or lower --learning_rate"
-        )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The batch on the trainer's device."""

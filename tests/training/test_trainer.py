@@ -21,7 +21,7 @@ from mistral_ft.model.loading import load_base
 from mistral_ft.prediction import losses
 from mistral_ft.training import run_folder
 from mistral_ft.training.arguments import LoraArguments, SpeedArguments
-from mistral_ft.training.evaluation import Evaluator
+from mistral_ft.training.evaluation import Evaluator, Measuring
 from mistral_ft.training.new_adapter import add_adapter, target_modules
 from mistral_ft.training.optimizer import check_optimizer
 from mistral_ft.training.preflight import Trial, largest, plan_layers, plan_training
@@ -124,8 +124,12 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(make_trainer, spe
 def test_the_loss_of_an_evaluation_is_that_of_transformers_and_peft(make_trainer, dataset, speed):
     trainer = make_trainer(speed=speed, per_device_train_batch_size=1 if speed.pack_length else 3)
     sizes = measure_records(dataset.records, dataset.processor, 1000)
-    trainer.evaluator = Evaluator(dataset, sizes, answered=0)
-    found = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
+    how = Measuring(
+        trainer.data_collator.length,
+        lambda batch: trainer.compute_loss(trainer.model, batch, num_items_in_batch=1),
+        stop_requested=lambda: False,
+    )
+    found = Evaluator(dataset, sizes, answered=0).measure(trainer.model, trainer.args, how)
     expected, _ = plain_loss_and_gradients(trainer, range(len(dataset)))
     assert found == {"eval_loss": pytest.approx(expected, rel=1e-5)}
     assert trainer.model.training
@@ -412,7 +416,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(make_trainer, pages,
         return right if broken == "gradient" else right * float("nan")
 
     trainer.compute_loss = loss
-    before = [parameter.detach().clone() for parameter in trainer.trained]
+    before = [parameter.detach().clone() for parameter in trainer.trained.values()]
     with pytest.raises(UserError) as stop:
         trainer.train()
     # Of seed 42 the first record is the seventh.
@@ -420,7 +424,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(make_trainer, pages,
         f"of step 1 is no finite number, the step was not made; its records: {pages / 'train.jsonl'}:7; look at them, "
         "or lower --learning_rate"
     )
-    assert all(map(torch.equal, trainer.trained, before))
+    assert all(map(torch.equal, trainer.trained.values(), before))
 
 
 @pytest.mark.parametrize(
