@@ -39,7 +39,7 @@ from mistral_ft.model.gpus import use_gpu
 from mistral_ft.scoring.metrics import is_hit
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m predict", description=__doc__.split("\n\n")[0])
     parser.add_argument("dataset", help="JSONL file of records")
     parser.add_argument("model", help="run in output/, folder of an adapter or a merged model, or hub id")
@@ -91,7 +91,7 @@ def parse_arguments():
     return args
 
 
-def search_settings(args) -> dict[str, Any]:
+def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What of `generate` the user asked for; nothing for greedy decoding."""
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name)}
     settings = sampling | ({"do_sample": True} if sampling else {})

@@ -68,7 +68,7 @@ class PackBatches(Sampler[list[int]]):
 
 
 def _images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Nothing, or {"pixel_values": float32 (patches, ...), "image_sizes": [(height, width)]}, in the records' order."""
+    """Nothing, or `pixel_values` and `image_sizes` as in `Batch`, in the records' order."""
     sizes = [size for example in examples for size in example["image_sizes"]]
     if not sizes:
         return {}
@@ -116,7 +116,8 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(**{name: change(x) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()})
+        changed: dict[str, Any] = {n: change(x) if isinstance(x, torch.Tensor) else x for n, x in vars(self).items()}
+        return Batch(**changed)
 
 
 class TrainingCollator:

@@ -34,17 +34,20 @@ class RecordDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises RecordError if an image of the record cannot be opened."""
         record, fitter = self.records[index], self.processor.fitter
+        grids, pixels = [], []
         try:
-            images = [open_image(path, fitter) for path in record.image_paths]
-            grids = [fitter.grid(*image.size) for image in images]
+            for path in record.image_paths:
+                assert fitter is not None  # who makes a dataset has asked `Processor.check_images`
+                image = open_image(path, fitter)
+                grids.append(fitter.grid(*image.size))
+                pixels.append(fitter.pixels(image))
         except ValueError as error:
             raise record.error(str(error)) from None
         input_ids, labels = encode_record(self.processor.encoder, record, grids, self.with_answers)
-        pixels = [fitter.pixels(image) for image in images]
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "pixel_values": [to_patches(page, fitter.patch_size, fitter.cell_size) for page in pixels],
+            "pixel_values": [to_patches(page, fitter.patch_size, fitter.cell_size) for page in pixels if fitter],
             "image_sizes": [page.shape[1:] for page in pixels],
         }
 
@@ -62,8 +65,8 @@ def cut_texts(records: Sequence[Record], encoder: PromptEncoder, max_seq_length:
     cut, long, pieces = [], 0, 0
     for record in records:
         # A token is at least one byte, but for <s>, </s> and the space that SentencePiece adds.
-        may_be_long = record.text is not None and len(record.text.encode()) + 3 > max_seq_length
-        parts = encoder.pieces(record.text, max_seq_length) if may_be_long else []
+        text = record.text or ""
+        parts = encoder.pieces(text, max_seq_length) if len(text.encode()) + 3 > max_seq_length else []
         if len(parts) < 2:
             cut.append(record)
             continue
@@ -93,6 +96,7 @@ def measure_records(records: Sequence[Record], processor: Processor, max_seq_len
     fitter = processor.fitter
 
     def grid(path: str) -> tuple[int, int] | str:
+        assert fitter is not None  # there are pages
         try:
             return fitter.grid(*open_image(path, fitter).size)
         except ValueError as error:
@@ -103,10 +107,14 @@ def measure_records(records: Sequence[Record], processor: Processor, max_seq_len
     # Pillow decodes outside Python's lock, so threads do.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = Progress("checking", len(paths), "page")
-        grids = {}
+        grids: dict[str, tuple[int, int]] = {}
+        broken: dict[str, str] = {}
         try:
             for path, found in zip(paths, pool.map(grid, paths), strict=True):
-                grids[path] = found
+                if isinstance(found, str):
+                    broken[path] = found
+                else:
+                    grids[path] = found
                 progress.update()
         except BaseException:  # Ctrl-C waits for the pages under way, not for all
             pool.shutdown(cancel_futures=True)
@@ -117,24 +125,23 @@ def measure_records(records: Sequence[Record], processor: Processor, max_seq_len
     sizes: list[RecordSize] = []
     merged = (fitter.cell_size // fitter.patch_size) ** 2 if fitter else 0
     for record in share:
-        found = [grids[path] for path in record.image_paths]
-        broken = next((result for result in found if isinstance(result, str)), None)
-        if broken is not None:
-            errors.append(record.error(broken))
+        if reason := next((broken[path] for path in record.image_paths if path in broken), None):
+            errors.append(record.error(reason))
             continue
+        cells = [grids[path] for path in record.image_paths]
         try:
-            input_ids, labels = encode_record(processor.encoder, record, found, with_answer=True)
+            input_ids, labels = encode_record(processor.encoder, record, cells, with_answer=True)
         except ValueError as error:
             errors.append(record.error(str(error)))
             continue
-        patches = merged * sum(rows * columns for rows, columns in found)
+        patches = merged * sum(rows * columns for rows, columns in cells)
         sizes.append(RecordSize(len(input_ids), patches, len(labels) - labels.count(IGNORE_INDEX)))
-        image_tokens = sum(rows * (columns + 1) for rows, columns in found)
-        if problem := length_problem(len(input_ids), image_tokens, len(found), max_seq_length):
+        image_tokens = sum(rows * (columns + 1) for rows, columns in cells)
+        if problem := length_problem(len(input_ids), image_tokens, len(cells), max_seq_length):
             errors.append(record.error(problem))
     found_by_all = gather((sizes, errors))
-    raise_all(sorted((e for _, found in found_by_all for e in found), key=lambda e: (e.path, e.line)))
+    raise_all(sorted((e for _, theirs in found_by_all for e in theirs), key=lambda e: (e.path, e.line)))
     everyones: list[Any] = [None] * len(records)
-    for number, (found, _) in enumerate(found_by_all):
-        everyones[number :: world_size()] = found
+    for number, (share_sizes, _) in enumerate(found_by_all):
+        everyones[number :: world_size()] = share_sizes
     return everyones

@@ -92,7 +92,8 @@ def start_worker(number: int) -> None:
     A signal to all processes at once must not take the next step's pages away; and a batch that cannot be sent must
     not be waited for, so the worker ends with it.
     """
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

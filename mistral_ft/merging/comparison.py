@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,10 +45,10 @@ class MergeComparison:
         """Say how many answers of the file `name` differ, and which; of plain texts the perplexities."""
         count, tokens = self.texts
         if count:
-            unmerged, merged = (math.exp(nll / tokens) for nll in self.nll)
+            before, after = (math.exp(nll / tokens) for nll in self.nll)
             print(
-                f"Compared on {count} plain texts of {name}, {tokens:,} tokens: perplexity {unmerged:.6g} with "
-                f"the adapter unmerged, {merged:.6g} merged"
+                f"Compared on {count} plain texts of {name}, {tokens:,} tokens: perplexity {before:.6g} with the "
+                f"adapter unmerged, {after:.6g} merged"
             )
         if not self.answers:
             return
@@ -135,7 +136,8 @@ class MergeComparer:
         for index in range(len(self.dataset)):
             batch = collate([self.dataset[index]])
             batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-            output = model.generate(
+            generate: Any = model.generate
+            output = generate(
                 **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, bos_token_id=control.bos,
                 eos_token_id=control.eos, pad_token_id=control.pad, return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip

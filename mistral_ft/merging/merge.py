@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,8 +171,8 @@ def prove_tensor(shard: Shard, target: Path, key: str, update: LayerUpdate | Rep
     return differs
 
 
-def row_blocks(weight: torch.Tensor) -> Iterator[slice | type(Ellipsis)]:
-    """Slices of a tensor's rows, about BLOCK_BYTES each and all of like size; the whole of one without rows."""
+def row_blocks(weight: torch.Tensor) -> Iterator[Any]:
+    """Slices of a tensor's rows, about BLOCK_BYTES each and all of like size; `...`, the whole, of one without rows."""
     if weight.ndim == 0:
         yield ...
         return
@@ -181,7 +182,7 @@ def row_blocks(weight: torch.Tensor) -> Iterator[slice | type(Ellipsis)]:
         yield slice(start, stop)
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
+def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 

@@ -234,7 +234,7 @@ class Adapter:
                 raise UserError(f"{path}: {name}: lora_A and lora_B do not fit together")
             if magnitude is not None and magnitude.shape != lora_B.shape[:1]:
                 raise UserError(f"{path}: {name}: lora_magnitude_vector does not fit to lora_B")
-            alpha = _by_pattern(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
+            alpha = by_pattern(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
             rank = lora_A.shape[0]
             scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
             yield memory_name(f"{name}.weight"), LayerUpdate(lora_A, lora_B, scaling, magnitude)
@@ -262,7 +262,7 @@ def hub_name(name: str) -> str:
     return old + name.removeprefix(new)
 
 
-def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """peft's rule: a pattern holds for the layers whose name it matches at the end."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 

@@ -14,21 +14,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "packed"
 # torch 2.11 takes fewer heads of keys and values without being told.
-GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+TOLD: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    cu_seq_lens=None,
-    max_length=None,
-    sliding_window=None,
-    **kwargs,
-):
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    cu_seq_lens: Any = None,
+    max_length: Any = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """One of transformers' attention functions: causal where `module.is_causal`, without mask and without dropout.
 
     Args:
@@ -44,7 +44,9 @@ def packed_attention(
         bounds = cu_seq_lens.tolist()
         parts = [
             F.scaled_dot_product_attention(
-                *(x[:, :, start:end] for x in (query, key, value)),
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
                 **_mask(end - start, module.is_causal, sliding_window),
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
@@ -55,9 +57,9 @@ def packed_attention(
         return torch.cat(parts, 2).transpose(1, 2), None
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     window = (sliding_window - 1 if sliding_window else -1, 0 if module.is_causal else -1)
-    attended = varlen_attn(
+    attended: Any = varlen_attn(
         query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=window,
-        **(GROUPED_HEADS if key.shape[1] != query.shape[1] else {}),
+        **(TOLD if key.shape[1] != query.shape[1] else {}),
     )  # fmt: skip
     return attended[None], None
 

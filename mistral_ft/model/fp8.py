@@ -1,5 +1,7 @@
 """Frozen linear layers in FP8: half the bytes of bf16, and products at twice the rate, on GPUs that have them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -31,13 +33,13 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
         rows = x.flatten(0, -2)
         return _multiply(*round_rows(rows), weight.t(), scale.t(), x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         # The sum is now over the weight's rows: their scales cannot be drawn out of it, so the gradient takes them.
         rows = gradient.flatten(0, -2) * scale.t().to(gradient.dtype)
@@ -47,7 +49,9 @@ class _Product(torch.autograd.Function):
         return product.unflatten(0, gradient.shape[:-1]), None, None
 
 
-def _multiply(a, a_scale, b, b_scale, dtype: torch.dtype) -> torch.Tensor:
+def _multiply(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     if not a.is_cuda:  # torch 2.11 has the product there with one scale for all rows only
         return (a.float() * a_scale @ (b.float() * b_scale)).to(dtype)
     # torch.nn.functional.scaled_mm is the same, but torch 2.11 does not compile it.

@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -47,6 +48,11 @@ class LoraLinear(PeftLinear):
         seed: int32 of shape (), for dropout: a view into one tensor of all layers (see `Seeds`).
     """
 
+    seed: torch.Tensor
+    lora_A: Any  # nn.ModuleDict, of linear layers
+    lora_B: Any
+    lora_dropout: Any
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (name,) = self.active_adapters
         low = x
@@ -64,7 +70,7 @@ class Seeds:
     def __init__(self, model: nn.Module):
         # peft's layer for 4-bit weights is another class; it exists where bitsandbytes does.
         plain = ("Linear", "Linear4bit")
-        layers = [
+        layers: list[Any] = [
             m for m in model.modules() if isinstance(m, LoraLayer) and type(m).__name__ in plain and not m.lora_variant
         ]
         device = next(model.parameters()).device
@@ -95,7 +101,8 @@ class EmbeddingNoise:
     def __init__(self, model: nn.Module, alpha: float):
         self.alpha = alpha
         self.bounds: torch.Tensor | None = None
-        model.get_input_embeddings().register_forward_hook(self._add)
+        embeddings: Any = model.get_input_embeddings
+        embeddings().register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
@@ -132,7 +139,7 @@ class LayerRunner:
         for index, layer in enumerate(layers):
             layer.forward = partial(self._run, index, layer)
 
-    def _run(self, index: int, layer: nn.Module, *args, **kwargs):
+    def _run(self, index: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A decoder's cache (see `decoding`) is written into, and every token finds it longer: nothing to compile.
         forward = self._compiled_forward if self.compiled and "cache" not in kwargs else self._forward
         if index >= self.recomputed or not torch.is_grad_enabled():

@@ -60,7 +60,7 @@ def load_base(
     config = check_model_folder(folder)
     model_class, page_class = ARCHITECTURES[config["model_type"]]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    quantization = {}
+    quantization: dict[str, Any] = {}
     if rounding == FP8 and is_four_bit(config):
         raise UserError(f"--base_dtype fp8: {folder} holds 4-bit weights only; name the bf16 model they are from")
     check_rounding(FOUR_BITS if is_four_bit(config) else rounding, device)
@@ -69,8 +69,9 @@ def load_base(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
         )  # fmt: skip
+    from_pretrained: Any = model_class.from_pretrained
     try:
-        model, report = model_class.from_pretrained(
+        model, report = from_pretrained(
             folder,
             dtype=dtype,
             # Elsewhere the weights stay in their files, mapped into memory, until their layer has its turn.

@@ -120,4 +120,6 @@ def too_big(
     if fits(needed, total):
         line += f" of {total / 2**30:.1f}"
         way = "raise --gpu_memory_gib" if limited else "end the other programs on it (nvidia-smi shows them)"
-    return f"{line}: {way}" + (f", or {smaller} (docs/recipes.md)" if smaller and fits(rounded, free) else "")
+    return f"{line}: {way}" + (
+        f", or {smaller} (docs/recipes.md)" if smaller and rounded and fits(rounded, free) else ""
+    )

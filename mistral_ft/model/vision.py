@@ -24,7 +24,13 @@ class PageEncoder:
     layer's output is kept, and parts that do not learn keep no graph.
     """
 
-    def get_image_features(self, pixel_values, image_sizes, vision_feature_layer=None, **kwargs):
+    config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: Any, vision_feature_layer: Any = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
@@ -45,7 +51,7 @@ class PageEncoder:
             encoded = self._encode_patches(pixel_values[start : start + count], some)
             features += encoded.split([rows * columns // merge**2 for rows, columns in some])
             start += count
-        return BaseModelOutputWithPooling(pooler_output=features)
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]  # as transformers' own does
 
     def _encode_patches(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         """The patches of images of some (rows, columns) to features of shape (tokens, hidden size)."""

@@ -91,9 +91,8 @@ def plan(
     if texts:
         asked = [row for row in range(len(lengths)) if row not in texts]
         read = sorted(texts)
-        answered = asked and plan(
-            [lengths[row] for row in asked], folders, device, max_new_tokens, batch_size, num_beams
-        )
+        prompts = [lengths[row] for row in asked]
+        answered = plan(prompts, folders, device, max_new_tokens, batch_size, num_beams) if asked else []
         reading = plan_batches([lengths[row] for row in read], batch_size or MOST_ROWS, MAX_PROMPT_TOKENS)
         return [[rows[k] for k in batch] for rows, batches in ((asked, answered), (read, reading)) for batch in batches]
     whole = [length + max_new_tokens for length in lengths]

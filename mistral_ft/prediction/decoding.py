@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mistral_ft.data.collators import Batch
@@ -44,8 +43,16 @@ class KeyValueCache:
 
 
 def cached_attention(
-    module, query, key, value, attention_mask, scaling=None, cache=None, sliding_window=None, **kwargs
-):
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    cache: Any = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """One of transformers' attention functions: of prompts laid end to end, or of one new token of each record.
 
     Args:
@@ -92,10 +99,10 @@ class GreedyDecoder:
             a training's data loader do.
     """
 
-    def __init__(self, model: nn.Module, eos: int, graphs: bool = True):
+    def __init__(self, model: Any, eos: int, graphs: bool = True):
         self.model, self.eos, self.graphs = model, eos, graphs
         self.config = model.config.get_text_config()
-        self.device = model.device
+        self.device: torch.device = model.device
         self.cache: KeyValueCache | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -150,6 +157,7 @@ class GreedyDecoder:
 
     def _read_prompts(self, prompts: Sequence[Batch], lengths: list[int]) -> None:
         """Fill the cache and find the first token of each answer."""
+        assert self.cache is not None  # it is prepared
         first, ends = 0, []
         for prompt in prompts:
             batch = prompt.to(self.device)
@@ -165,6 +173,7 @@ class GreedyDecoder:
 
     def _step(self) -> None:
         """Read the last token of each record and choose the next, in place."""
+        assert self.cache is not None
         outputs = self.model.model(
             input_ids=self.tokens[:, None],
             position_ids=self.cache.lengths[:, None],
@@ -185,4 +194,5 @@ class GreedyDecoder:
 def cut_at(eos: int, ids: list[list[int]], log_probs: list[list[float]]) -> tuple[list[list[int]], list[list[float]]]:
     """Each row up to its first end token, that included, and the log-probabilities likewise."""
     ends = [row.index(eos) + 1 if eos in row else len(row) for row in ids]
-    return tuple([row[:end] for row, end in zip(rows, ends, strict=True)] for rows in (ids, log_probs))
+    cut_ids = [row[:end] for row, end in zip(ids, ends, strict=True)]
+    return cut_ids, [row[:end] for row, end in zip(log_probs, ends, strict=True)]

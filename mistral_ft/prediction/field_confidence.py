@@ -9,15 +9,21 @@ from typing import Any
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def _skip_space(text: str, place: int) -> int:
+    match = SPACE.match(text, place)
+    assert match is not None  # no space matches too
+    return match.end()
+
+
 def value_spans(text: str) -> dict[str, tuple[int, int]]:
     """(start, end) of each top-level value of a JSON object in its text; {} for any other text."""
     decoder, spans = json.JSONDecoder(), {}
 
     def skip(place: int, wanted: str = "") -> int:
-        place = SPACE.match(text, place).end()
+        place = _skip_space(text, place)
         if not text.startswith(wanted, place):
             raise ValueError(f"no {wanted!r} at {place}")
-        return SPACE.match(text, place + len(wanted)).end()
+        return _skip_space(text, place + len(wanted))
 
     try:
         place = skip(0, "{")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
 from mistral_ft.data.collators import GroupCollator, PromptCollator, TrainingCollator
@@ -111,7 +111,7 @@ class Generator:
         )
         if self.search:
             self.model.generation_config = self.search
-            self.collate = PromptCollator(control.pad)
+            self.collate: Any = PromptCollator(control.pad)
         else:
             self.decoder = GreedyDecoder(self.model, control.eos)
             self.collate = GroupCollator(control.pad)
@@ -121,7 +121,7 @@ class Generator:
     ) -> Iterator[dict[int, Answer | Reading]]:
         """Yield the answers of each batch, by row number. The next pages are read meanwhile."""
         workers = usable_workers(page_workers(self.device))
-        pages = DataLoader(
+        pages: DataLoader[Any] = DataLoader(
             _Prompts(RecordDataset(records, self.processor, with_answers=False)),
             batch_size=None,  # row by row, so that all workers read for the first batch
             sampler=[index for batch in batches for index in batch],
@@ -216,7 +216,7 @@ def page_workers(device: torch.device) -> int:
     return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 
 
-class _Prompts:
+class _Prompts(Dataset[Any]):
     """Rows as (number, example), or (number, reason) where a page cannot be opened."""
 
     def __init__(self, dataset: RecordDataset):
@@ -232,6 +232,6 @@ class _Prompts:
             return index, error.reason
 
 
-def _as_it_is(row: tuple[int, Any]) -> tuple[int, Any]:
+def _as_it_is(row: Any) -> Any:
     """DataLoader would turn every number of a row into a tensor."""
     return row

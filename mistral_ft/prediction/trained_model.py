@@ -68,19 +68,19 @@ class ModelFolders:
             return cls(base, folder, adapter, FOUR_BITS)
         if base_dtype is not None:
             return cls(base, folder, adapter, FP8 if base_dtype == "fp8" else None)
-        trained = adapter and adapter.rounding
+        trained = adapter.rounding if adapter else None
         return cls(base, folder, adapter, None if four_bit is False and trained == FOUR_BITS else trained)
 
     def load_processor(self) -> Processor:
         """The model's, with the run's own tokenizer where there is an adapter."""
         return Processor.from_folder(self.folder, find_run_folder(self.adapter.folder) if self.adapter else None)
 
-    def load(self, device: torch.device):
+    def load(self, device: torch.device) -> Any:
         """The model with the adapter, ready to generate: merged into it, or beside rounded weights."""
         folder = find_model_folder(self.base)
         model = load_base(folder, device, rounding=self.rounding)
         if self.adapter and self.rounding:
-            wrapped = self.adapter.put_on(model)
+            wrapped: Any = self.adapter.put_on(model)
             Seeds(wrapped)  # runs the adapter in the base's dtype, as in training
             model = wrapped.get_base_model()
         elif self.adapter:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from mistral_ft.errors import UserError
 from mistral_ft.folders import ADAPTER_WEIGHTS, RUN_FILE, find_model_folder, full_name, locate
-from mistral_ft.model.adapter import PROJECTOR, TEXT_LAYERS, VISION_LAYERS, Adapter, _by_pattern
+from mistral_ft.model.adapter import PROJECTOR, TEXT_LAYERS, VISION_LAYERS, Adapter, by_pattern
 from mistral_ft.model.loading import held_bytes, load_base
 from mistral_ft.training.arguments import LoraArguments, changed_fields
 from mistral_ft.training.settings import Settings
@@ -109,7 +109,7 @@ def add_adapter(model: PreTrainedModel, args: LoraArguments, model_id: str, star
     names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
     patterns = {name: json.loads(getattr(args, name) or "{}") for name in ("rank_pattern", "alpha_pattern")}
     for flag, pattern in ((flag, pattern) for flag, found in patterns.items() for pattern in found):
-        if not any(_by_pattern({pattern: True}, name, False) for name in names):
+        if not any(by_pattern({pattern: True}, name, False) for name in names):
             raise UserError(f"--{flag}: {pattern} is the end of no adapted layer's name, such as {names[0]}")
     config = LoraConfig(
         r=args.lora_rank,
