@@ -10,7 +10,7 @@ from PIL import Image
 from dataset import make_dataset
 from mistral_ft.data.collators import PromptCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import PromptEncoder
 from mistral_ft.data.records import read_records
 from mistral_ft.merging import comparison as merge_comparison
@@ -63,7 +63,7 @@ def test_what_the_base_cannot_do_is_learned_from_pages_and_merged(train_tiny, ru
 
     encoder = PromptEncoder.from_folder(run)
     records = read_records([files["test"]], images_dir=ROOT / "dataset")
-    dataset = RecordDataset(records, encoder, ImageFitter.from_folder(TINY), with_answers=False)
+    dataset = RecordDataset(records, Processor.from_folder(TINY, run), with_answers=False)
     unmerged = PeftModel.from_pretrained(load_base(TINY, torch.device("cpu")), run).eval()
     for i, predicted in enumerate(read_rows(predictions)[:8]):
         batch = PromptCollator(11)([dataset[i]])

@@ -13,10 +13,9 @@ from peft import PeftModel
 from mistral_ft.data import packing
 from mistral_ft.data.collators import PromptCollator, TrainingCollator
 from mistral_ft.data.dataset import RecordDataset
-from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.predictions import Predictions
-from mistral_ft.data.prompt.encoder import PromptEncoder
+from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
 from mistral_ft.model.adapter import Adapter
@@ -94,8 +93,7 @@ def test_adapter_checkpoint_and_merged_folder_answer_alike(run, predict, run_cli
 
 
 def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages, run):
-    encoder = PromptEncoder.from_folder(run)
-    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, ImageFitter.from_folder(TINY), False)
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), Processor.from_folder(TINY, run), False)
     cpu = torch.device("cpu")
     unmerged = PeftModel.from_pretrained(load_base(TINY, cpu), run).eval()
     merged = load_base(TINY, cpu).eval()
@@ -108,9 +106,8 @@ def test_an_adapter_merged_in_memory_generates_what_the_unmerged_one_does(pages,
 
 def test_confidence_is_the_log_probability_of_the_answers_tokens(pages, run, predict):
     first = json.loads(predict(run, "a.jsonl", "--batch_size", 1).decode().splitlines()[0])
-    encoder = PromptEncoder.from_folder(run)
     record = read_records([pages / "train.jsonl"])[0]
-    dataset = RecordDataset([record], encoder, ImageFitter.from_folder(TINY), False)
+    dataset = RecordDataset([record], Processor.from_folder(TINY, run), False)
     batch = PromptCollator(11)([dataset[0]])
     model = load_base(TINY, torch.device("cpu")).eval()
     Adapter(run).merge_into(model, torch.bfloat16)
@@ -301,8 +298,7 @@ def test_a_run_goes_on_with_its_own_batches(tmp_path):
 def test_the_greedy_decoder_takes_the_likeliest_token_each_time(pages):
     """Against the whole model run anew for every token, without any cache."""
     model = load_base(TINY, torch.device("cpu")).eval()
-    encoder = PromptEncoder.from_folder(TINY)
-    dataset = RecordDataset(read_records([pages / "train.jsonl"]), encoder, ImageFitter.from_folder(TINY), False)
+    dataset = RecordDataset(read_records([pages / "train.jsonl"]), Processor.from_folder(TINY), False)
     examples = [dataset[number] for number in range(8)]
     expected = []
     for example in examples:
