@@ -11,7 +11,7 @@ from PIL import Image
 from mistral_ft.data.predictions import Predictions
 from mistral_ft.review.log import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
-from tests.review.test_server import OTHER, THOUGHT, Server, wait_for, write_status
+from tests.helpers.review import OTHER, THOUGHT, Server, wait_for, write_status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
