@@ -46,7 +46,7 @@ def evaluations(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("more", "most_kills"), [((), 14), (EVALUATE, 8)])
+@pytest.mark.parametrize(("more", "most_kills"), [((), 6), (EVALUATE, 5)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(pages, tmp_path, more, most_kills):
     data = pages / "train.jsonl"
     arguments = ("--dataset", data, *TRAIN, *((*more, data) if more else ()))
