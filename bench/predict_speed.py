@@ -58,10 +58,10 @@ def usual_loop(model, dataset: RecordDataset, count: int, new_tokens: int) -> fl
         pages = [torch.from_numpy(fitter.pixels(open_image(path, fitter))) for path in paths]
         inputs.append(
             {
-                "input_ids": torch.tensor([example["input_ids"]], device=device),
-                "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64, device=device),
+                "input_ids": torch.tensor([example.input_ids], device=device),
+                "attention_mask": torch.ones(1, len(example.input_ids), dtype=torch.int64, device=device),
                 "pixel_values": torch.stack(pages).to(device, model.dtype),
-                "image_sizes": torch.tensor(example["image_sizes"], device=device),
+                "image_sizes": torch.tensor(example.image_sizes, device=device),
             }
         )
     settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=11)

@@ -61,11 +61,11 @@ class UsualRecipe:
         fitter = self.processor.fitter
         pages = [torch.from_numpy(fitter.pixels(open_image(path, fitter))) for path in paths]
         batch = {
-            "input_ids": torch.tensor([example["input_ids"]]),
-            "attention_mask": torch.ones(1, len(example["input_ids"]), dtype=torch.int64),
-            "labels": torch.tensor([example["labels"]]),
+            "input_ids": torch.tensor([example.input_ids]),
+            "attention_mask": torch.ones(1, len(example.input_ids), dtype=torch.int64),
+            "labels": torch.tensor([example.labels]),
             "pixel_values": torch.stack(pages).to(self.dtype),
-            "image_sizes": torch.tensor(example["image_sizes"]),
+            "image_sizes": torch.tensor(example.image_sizes),
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -93,7 +93,7 @@ class UsualRecipe:
     def gradients(self, numbers: list[int]) -> tuple[float, torch.Tensor]:
         """Loss and the adapter's gradients, averaged over the labels of some records."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        labels = [sum(label != -100 for label in self.dataset[number]["labels"]) for number in numbers]
+        labels = [sum(label != -100 for label in self.dataset[number].labels) for number in numbers]
         total = 0.0
         for number, count in zip(numbers, labels, strict=True):
             loss = self.loss(self.inputs(number)) * count / sum(labels)
@@ -109,7 +109,7 @@ class UsualRecipe:
         trainer = FinetuneTrainer(model=self.model, args=FinetuneArguments(output_dir=str(output)).begin())
         text, _ = take_over_layers(self.model, compiled=gpu.on_gpu(), packing=True)
         text.recomputed = text.count // 2
-        length = -(-sum(len(self.dataset[number]["input_ids"]) for number in numbers) // 128) * 128
+        length = -(-sum(len(self.dataset[number].input_ids) for number in numbers) // 128) * 128
         trainer.use_packs(self.dataset, [numbers], self.processor.encoder.control.pad, length)
         batch = trainer.data_collator([trainer.train_dataset[0]])
         loss = trainer.compute_loss(self.model, batch.to(self.device))

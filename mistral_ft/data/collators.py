@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from mistral_ft.data.dataset import RecordDataset
+from mistral_ft.data.dataset import Example, RecordDataset
 from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.prompt.encoder import IGNORE_INDEX
 from mistral_ft.distributed import rank, world_size
 
 
-class PackedDataset(Dataset[list[dict[str, Any]]]):
+class PackedDataset(Dataset[list[Example]]):
     """Records in packs: item i is the list of the examples of pack i.
 
     Args:
@@ -29,7 +29,7 @@ class PackedDataset(Dataset[list[dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+    def __getitem__(self, index: int) -> list[Example]:
         return [self.dataset[number] for number in self.packs[index]]
 
 
@@ -67,12 +67,12 @@ class PackBatches(Sampler[list[int]]):
         return [order[place : place + self.batch_size] for place in places]
 
 
-def _images(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _images(examples: Sequence[Example]) -> dict[str, Any]:
     """Nothing, or `pixel_values` and `image_sizes` as in `Batch`, in the records' order."""
-    sizes = [size for example in examples for size in example["image_sizes"]]
+    sizes = [size for example in examples for size in example.image_sizes]
     if not sizes:
         return {}
-    patches = np.concatenate([page for example in examples for page in example["pixel_values"]])
+    patches = np.concatenate([page for example in examples for page in example.pixel_values])
     # Sizes stay numbers: the tower needs them on the CPU, and reading them back from the GPU would wait for it.
     return {"pixel_values": torch.from_numpy(patches), "image_sizes": sizes}
 
@@ -136,9 +136,9 @@ class TrainingCollator:
         self.length = length
         self.max_records = max_records
 
-    def __call__(self, packs: Sequence[Sequence[dict[str, Any]]]) -> Batch:
+    def __call__(self, packs: Sequence[Sequence[Example]]) -> Batch:
         examples = [example for pack in packs for example in pack]
-        rows = [(example["input_ids"], example["labels"]) for example in examples]
+        rows = [(example.input_ids, example.labels) for example in examples]
         num_tokens = sum(len(ids) for ids, _ in rows)
         length = self.length or max(1, num_tokens)
         if num_tokens < length:
@@ -175,8 +175,8 @@ class PromptCollator:
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        rows = [example["input_ids"] for example in examples]
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        rows = [example.input_ids for example in examples]
         length = max(map(len, rows))
         return {
             "input_ids": torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows]),
@@ -191,6 +191,6 @@ class GroupCollator:
     def __init__(self, pad_id: int):
         self.collate = TrainingCollator(pad_id)
 
-    def __call__(self, examples: list[dict[str, Any]]) -> list[Batch]:
-        lengths = [len(example["input_ids"]) for example in examples]
+    def __call__(self, examples: list[Example]) -> list[Batch]:
+        lengths = [len(example.input_ids) for example in examples]
         return [self.collate([[examples[row] for row in group]]) for group in prompt_groups(lengths)]

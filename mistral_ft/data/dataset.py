@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mistral_ft.data.image_fitter import to_patches
 from mistral_ft.data.pages import open_image
 from mistral_ft.data.processor import Processor
@@ -16,12 +18,23 @@ from mistral_ft.errors import RecordError, raise_all
 from mistral_ft.progress import Progress
 
 
-class RecordDataset:
-    """Records as examples, read and encoded when asked for.
+class Example(NamedTuple):
+    """A record in numbers.
 
-    An example is {"input_ids": [int], "labels": [int], "pixel_values": [float32 array (patches, 3 * patch_size**2)],
-    "image_sizes": [(height, width)]}; labels are all `IGNORE_INDEX` if `with_answers` is False.
+    Attributes:
+        labels: as many as ids; `IGNORE_INDEX` where nothing is learned.
+        pixel_values: of each page, float32 (patches, 3 * patch_size**2).
+        image_sizes: each page's (height, width) in pixels.
     """
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Sequence[np.ndarray] = ()
+    image_sizes: Sequence[tuple[int, int]] = ()
+
+
+class RecordDataset:
+    """Records as examples, read and encoded when asked for; without answers, nothing is learned."""
 
     def __init__(self, records: Sequence[Record], processor: Processor, with_answers: bool = True):
         self.records = records
@@ -31,7 +44,7 @@ class RecordDataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Raises RecordError if an image of the record cannot be opened."""
         record, fitter = self.records[index], self.processor.fitter
         grids, pixels = [], []
@@ -44,12 +57,8 @@ class RecordDataset:
         except ValueError as error:
             raise record.error(str(error)) from None
         input_ids, labels = encode_record(self.processor.encoder, record, grids, self.with_answers)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "pixel_values": [to_patches(page, fitter.patch_size, fitter.cell_size) for page in pixels if fitter],
-            "image_sizes": [page.shape[1:] for page in pixels],
-        }
+        patches = [to_patches(page, fitter.patch_size, fitter.cell_size) for page in pixels if fitter]
+        return Example(input_ids, labels, patches, [page.shape[1:] for page in pixels])
 
 
 class RecordSize(NamedTuple):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
 from mistral_ft.data.collators import GroupCollator, PromptCollator, TrainingCollator
-from mistral_ft.data.dataset import RecordDataset
+from mistral_ft.data.dataset import Example, RecordDataset
 from mistral_ft.data.packing import prompt_groups
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.processor import Processor
@@ -163,8 +163,7 @@ class Generator:
 
     def _losses(self, pieces: Sequence[Sequence[int]]) -> list[float]:
         """Cross entropy of each id of the pieces, which are read side by side, in nats."""
-        examples = [dict(zip(("input_ids", "labels"), self.encoder.frame(ids), strict=True)) for ids in pieces]
-        batch = TrainingCollator(self.encoder.control.pad)([[e | {"image_sizes": []} for e in examples]])
+        batch = TrainingCollator(self.encoder.control.pad)([[Example(*self.encoder.frame(ids)) for ids in pieces]])
         found = [
             F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="none")
             for hidden, labels in label_chunks(self.model, batch.to(self.device))
@@ -225,7 +224,7 @@ class _Prompts(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any] | str]:
+    def __getitem__(self, index: int) -> tuple[int, Example | str]:
         try:
             return index, self.dataset[index]
         except RecordError as error:

@@ -45,21 +45,26 @@ def fold(text: str, folds: tuple[str, ...] = FOLDS) -> str:
     return text.strip()
 
 
-def edit_counts(actual: str, expected: str) -> tuple[int, int, int, int]:
-    """(character edits, expected characters, word edits, expected words): what CER and WER are sums of.
+class Edits(NamedTuple):
+    """What CER and WER are sums of: edits that turn an answer into the expected one, and what that one has."""
 
-    Edits are insertions, deletions and substitutions (Levenshtein). Words are split at white space.
+    char_edits: int
+    chars: int
+    word_edits: int
+    words: int
+
+
+def edit_counts(actual: str, expected: str) -> Edits:
+    """The edits of one answer.
+
+    They are insertions, deletions and substitutions (Levenshtein). Words are split at white space.
     """
     actual, expected = unicodedata.normalize("NFC", actual).strip(), unicodedata.normalize("NFC", expected).strip()
     if actual == expected:
-        return 0, len(expected), 0, len(expected.split())
+        return Edits(0, len(expected), 0, len(expected.split()))
     words = expected.split()
-    return (
-        Levenshtein.distance(actual, expected),
-        len(expected),
-        Levenshtein.distance(actual.split(), words),
-        len(words),
-    )
+    distance = Levenshtein.distance
+    return Edits(distance(actual, expected), len(expected), distance(actual.split(), words), len(words))
 
 
 def anls(actual: str, expected: str, threshold: float = 0.5) -> float:

@@ -144,8 +144,8 @@ class Evaluator:
             for number, answer in zip(numbers, map(encoder.decode, ids), strict=True):
                 expected = self.dataset.records[number].expected or ""
                 found = edit_counts(answer, expected)
-                hits, edits = hits + is_exact(answer, expected), edits + found[0]
-                characters += found[1]
+                hits, edits = hits + is_exact(answer, expected), edits + found.char_edits
+                characters += found.chars
             progress.update(len(batch))
         hits, edits, characters = map(sum, zip(*gather((hits, edits, characters)), strict=True))
         return {"eval_exact_match": hits / len(self.answered), "eval_cer": edits / max(1, characters)}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mistral_ft.data.collators import PackedDataset, PromptCollator, TrainingCollator
-from mistral_ft.data.dataset import RecordDataset, measure_records
+from mistral_ft.data.dataset import Example, RecordDataset, measure_records
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import RecordError, UserError
@@ -16,12 +16,8 @@ PAD = -8  # unlike any id or label, so that a mix-up shows
 
 def example(ids, labels, *sizes):
     """Each image's patches hold its number, from 1."""
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": [np.full((h * w // 196, 588), i + 1, np.float32) for i, (h, w) in enumerate(sizes)],
-        "image_sizes": list(sizes),
-    }
+    patches = [np.full((h * w // 196, 588), i + 1, np.float32) for i, (h, w) in enumerate(sizes)]
+    return Example(ids, labels, patches, sizes)
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +87,24 @@ def test_a_pack_is_the_list_of_its_examples(pages, processor):
     dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor)
     packed = PackedDataset(dataset, [[6, 0], [5]])
     assert len(packed) == 2
-    assert [e["input_ids"] for e in packed[0]] == [dataset[6]["input_ids"], dataset[0]["input_ids"]]
+    assert [e.input_ids for e in packed[0]] == [dataset[6].input_ids, dataset[0].input_ids]
 
 
 def test_examples_of_mixed_rows(pages, processor):
     dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor)
     two, none = dataset[5], dataset[6]
-    assert [page.shape for page in two["pixel_values"]] == [(24, 588), (24, 588)]
-    assert two["image_sizes"] == [(56, 84), (56, 84)]
-    assert two["input_ids"].count(10) == 12
-    assert none["pixel_values"] == []
-    assert none["input_ids"].count(10) == 0
-    assert processor.encoder.decode([label for label in two["labels"] if label != -100]) == "Two pages"
+    assert [page.shape for page in two.pixel_values] == [(24, 588), (24, 588)]
+    assert two.image_sizes == [(56, 84), (56, 84)]
+    assert two.input_ids.count(10) == 12
+    assert none.pixel_values == []
+    assert none.input_ids.count(10) == 0
+    assert processor.encoder.decode([label for label in two.labels if label != -100]) == "Two pages"
 
 
 def test_without_answers_nothing_is_labelled(pages, processor):
     dataset = RecordDataset(read_records([pages / "train.jsonl"]), processor, with_answers=False)
-    assert set(dataset[0]["labels"]) == {-100}
-    assert dataset[0]["input_ids"][-1] == 4  # [/INST]
+    assert set(dataset[0].labels) == {-100}
+    assert dataset[0].input_ids[-1] == 4  # [/INST]
 
 
 def test_tokens_patches_and_labels_are_counted(pages, processor):

@@ -175,11 +175,11 @@ class TestSteps:
         ranges, single = (RecordDataset(read_records([path]), processor) for path in files)
         for number in range(2):
             ours, theirs = ranges[number], single[number]
-            assert ours["input_ids"] == theirs["input_ids"]
-            assert ours["labels"] == theirs["labels"]
-            assert ours["image_sizes"] == theirs["image_sizes"]
-            assert all(np.array_equal(a, b) for a, b in zip(ours["pixel_values"], theirs["pixel_values"], strict=True))
-        assert len(ranges[0]["pixel_values"]) == 3
+            assert ours.input_ids == theirs.input_ids
+            assert ours.labels == theirs.labels
+            assert ours.image_sizes == theirs.image_sizes
+            assert all(np.array_equal(a, b) for a, b in zip(ours.pixel_values, theirs.pixel_values, strict=True))
+        assert len(ranges[0].pixel_values) == 3
 
     def test_sizes_are_equal(self, files, processor):
         ranges, single = (read_records([path]) for path in files)

@@ -86,11 +86,11 @@ def reference_logits(base, dataset, number, dtype, device) -> torch.Tensor:
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     model = kind.from_pretrained(base, dtype=dtype, attn_implementation="eager").eval().to(device)
     example = dataset[number]
-    batch = {"input_ids": torch.tensor([example["input_ids"]], device=device)}
+    batch = {"input_ids": torch.tensor([example.input_ids], device=device)}
     if paths := dataset.records[number].image_paths:
         pages = [torch.from_numpy(dataset.processor.fitter.pixels(open_image(path))) for path in paths]
         batch["pixel_values"] = torch.stack(pages).to(device, dtype)
-        batch["image_sizes"] = torch.tensor(example["image_sizes"], device=device)
+        batch["image_sizes"] = torch.tensor(example.image_sizes, device=device)
     with torch.no_grad():
         return model(**batch).logits[0].float().cpu()
 
@@ -101,7 +101,7 @@ def test_packed_records_are_as_near_to_fp32_as_transformers_in_bf16(kind, data, 
     processor = Processor.from_folder(base)
     dataset, numbers = RecordDataset(read_records([path]), processor), [1, 0, 2]
     if kind == "window":
-        assert min(len(dataset[k]["input_ids"]) for k in numbers) > 2 * WINDOW
+        assert min(len(dataset[k].input_ids) for k in numbers) > 2 * WINDOW
     for number, ours in zip(numbers, packed_logits(base, dataset, numbers), strict=True):
         exact = reference_logits(base, dataset, number, torch.float32, CPU)
         theirs = reference_logits(base, dataset, number, torch.bfloat16, GPU)

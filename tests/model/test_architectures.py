@@ -58,7 +58,7 @@ def reference_logits(base, dataset, number):
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     model = kind.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     example = dataset[number]
-    batch = {"input_ids": torch.tensor([example["input_ids"]])}
+    batch = {"input_ids": torch.tensor([example.input_ids])}
     if paths := dataset.records[number].image_paths:
         pages = [dataset.processor.fitter.pixels(open_image(path)) for path in paths]
         sizes = np.max([page.shape for page in pages], 0)
@@ -67,7 +67,7 @@ def reference_logits(base, dataset, number):
         ]
         batch |= {
             "pixel_values": torch.from_numpy(np.stack(padded)),
-            "image_sizes": torch.tensor(example["image_sizes"]),
+            "image_sizes": torch.tensor(example.image_sizes),
         }
     with torch.no_grad():
         return model(**batch).logits[0]
@@ -98,7 +98,7 @@ def test_greedy_answers_are_those_of_transformers(base, data):
     for k, ids, probs in zip(numbers, answers, log_probs, strict=True):
         # Fed with the answer, transformers prefers the same tokens by as much.
         whole = RecordDataset(dataset.records, processor, with_answers=False)
-        prompt = whole[k]["input_ids"]
+        prompt = whole[k].input_ids
         whole.__class__ = type("Fed", (RecordDataset,), {"__getitem__": _with_ids(prompt + ids)})
         scores = reference_logits(base, whole, k)[len(prompt) - 1 : -1].log_softmax(-1)
         best = scores.max(-1)

@@ -305,7 +305,7 @@ def test_the_greedy_decoder_takes_the_likeliest_token_each_time(pages):
         batch, ids = PromptCollator(11)([example]), []
         with torch.no_grad():
             while len(ids) < 6 and 2 not in ids:
-                grown = batch | {"input_ids": torch.tensor([example["input_ids"] + ids])}
+                grown = batch | {"input_ids": torch.tensor([example.input_ids + ids])}
                 del grown["attention_mask"]
                 ids.append(model(**grown, use_cache=False).logits[0, -1].argmax().item())
         expected.append(ids)

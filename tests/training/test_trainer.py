@@ -82,12 +82,12 @@ def plain_loss_and_gradients(trainer, numbers):
     for number in numbers:
         example = trainer.train_dataset.dataset[number]
         paths = trainer.train_dataset.dataset.records[number].image_paths
-        batch = {"input_ids": torch.tensor([example["input_ids"]])}
+        batch = {"input_ids": torch.tensor([example.input_ids])}
         if paths:
             fitter = trainer.train_dataset.dataset.processor.fitter
             batch["pixel_values"] = torch.stack([torch.from_numpy(fitter.pixels(open_image(path))) for path in paths])
-            batch["image_sizes"] = torch.tensor(example["image_sizes"])
-        labels = torch.tensor(example["labels"])
+            batch["image_sizes"] = torch.tensor(example.image_sizes)
+        labels = torch.tensor(example.labels)
         logits = model(**batch).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
         count += (labels != -100).sum()
