@@ -23,6 +23,7 @@ from typing import Any
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.pages import limit_pixels
 from mistral_ft.data.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
+from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.distributed import (
     TIMEOUT_SECONDS,
     finish,
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
+    parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
     parser.add_argument(
         "--max_new_tokens",
         type=int,
@@ -116,6 +118,7 @@ def main() -> int:
     args.model = locate(args.model)
     silence_others()
     limit_pixels(args.max_image_pixels)
+    keep_image_tag(args.keep_image_tag)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
     from mistral_ft.data.predictions import Predictions

@@ -20,10 +20,11 @@ from pathlib import Path
 
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.embedded_images import ImageFolder
-from mistral_ft.data.formats import FORMATS, convert, possible_formats
+from mistral_ft.data.formats import FORMATS, convert, possible_formats, without_known_nulls
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
+from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.rows import RowSource, data_files, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
@@ -49,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PART=COLUMN",
         help="which column is `prompt`, `answer`, `image`; once for each",
     )
+    parser.add_argument("--question", help="of all rows, with --map answer=COLUMN and none for `prompt`")
+    parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
     parser.add_argument(
         "--images_dir", type=Path, help="folder that IN's image paths are relative to (default: its own)"
     )
@@ -67,8 +70,11 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} takes NAME=VALUE")
         setattr(args, name, [(field, value) for field, _, value in pairs])
     args.columns = dict(args.map) or None
-    if args.columns and (not {"prompt", "answer"} <= args.columns.keys() <= {"prompt", "answer", "image"}):
-        parser.error("--map needs prompt=COLUMN and answer=COLUMN, and takes image=COLUMN beside them")
+    needed = {"answer"} if args.question else {"prompt", "answer"}
+    if (args.columns or args.question) and not needed <= (args.columns or {}).keys() <= {*needed, "image"}:
+        given = "--question" if args.question else "--map"
+        maps = " and ".join(f"--map {name}=COLUMN" for name in sorted(needed))
+        parser.error(f"{given} needs {maps}, and takes --map image=COLUMN beside")
     if args.columns and args.format not in ("auto", "columns"):
         parser.error(f"--map has no effect with --format {args.format}")
     if args.split is not None and not 0 < args.split < 1:
@@ -193,7 +199,7 @@ class Rows:
         for number, row in self._rows:
             self.count += 1
             if all(has_value(row, field, value) for field, value in self._where):
-                yield number, row
+                yield number, without_known_nulls(row)
             else:
                 self.unwanted += 1
 
@@ -226,6 +232,7 @@ class Reasons:
 def main() -> None:
     # 1. Arguments, and where to write.
     args = parse_arguments()
+    keep_image_tag(args.keep_image_tag)
     data_files(args.input)
     targets = find_targets(args)
     images_dir, output_dir = args.images_dir or args.input.parent, args.output.parent
@@ -263,7 +270,7 @@ def main() -> None:
                 check_format(args.input, line, possible_formats(row, args.columns), form)
             images_before = embedded.count
             try:
-                record, left_out = convert(row, form, args.columns)
+                record, left_out = convert(row, form, args.columns, args.question)
                 messages = record.get("messages", [])
                 record = {"id": f"{args.input.stem}-{line}"} | record
                 taken = embedded.take(messages)

@@ -55,8 +55,13 @@ def row(number: int, expected: str | None = None, images: list[str] | None = Non
 
 @pytest.fixture
 def pages(tmp_path) -> Path:
+    """A folder with train.jsonl: see `make_pages`."""
+    return make_pages(tmp_path)
+
+
+def make_pages(parent: Path) -> Path:
     """A folder with train.jsonl: pages of several sizes, two images in one row, text alone, a system message."""
-    folder = tmp_path / "pages"
+    folder = parent / "pages"
     folder.mkdir()
     rows = []
     for number in range(8):

@@ -19,12 +19,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mistral_ft.data.conversation import Message, with_weights
+from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
 from mistral_ft.files import Json, JsonObject
 
 COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
-RESERVED = ("id", "messages", "expected", "actual", "error")
+RESERVED = ("id", "messages", "expected", "actual", "error", *IMAGE_COLUMNS)
+# Fields that formats read. Where tables have no value, they have null.
+KNOWN = {
+    *RESERVED, *(name for pair in COLUMNS for name in pair), "text", "tools", "system", "instruction",
+    "input", "output", "history", "conversations",
+}  # fmt: skip
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-IMAGE = "<image>"
 SYSTEM_PROMPT = re.compile(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)
 TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\[INST\])|\Z)", re.DOTALL)
 
@@ -41,11 +46,12 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     """The formats a row may have, the likeliest first; none for a row of no known kind.
 
     Args:
-        columns: names of the user's `prompt`, `answer` and `image` columns.
+        columns: names of the user's `prompt`, `answer` and `image` columns; without `prompt` there is one question for
+            all rows.
     """
     messages = row.get("messages")
     if columns:
-        return ["columns"] if columns["prompt"] in row and columns["answer"] in row else []
+        return ["columns"] if columns.get("prompt", columns["answer"]) in row and columns["answer"] in row else []
     if "conversations" in row:
         return ["llava"] if "image" in row or "images" in row else ["sharegpt", "llava"]
     if isinstance(messages, list) and messages:
@@ -73,17 +79,18 @@ def _is_openai(message: Json) -> bool:
 def as_record(row: JsonObject) -> JsonObject:
     """A row of a data file as a record, not yet checked.
 
-    Prompt and answer columns and [INST] text become messages; images in a column of their own go to the image blocks
-    that name none; tools written as JSON text are read. Everything else stays as it is.
+    Prompt and answer columns and [INST] text become messages; images in columns of their own are placed as `row_images`
+    says; tools written as JSON text are read. Everything else stays as it is.
 
     Raises:
         ValueError: why that cannot be done, in one line.
     """
+    row = without_known_nulls(row)
     form = next(iter(possible_formats(row)), None)
     if form in DIRECT:
         row, _ = convert(row, form)
-    if form == "native" and "messages" in row and ("images" in row or "image" in row):
-        row = row | {"messages": _fill_images(row)}
+    elif form == "native":
+        row = _show_images(row)
     if isinstance(row.get("tools"), str):
         try:
             row = row | {"tools": json.loads(row["tools"])}
@@ -92,32 +99,39 @@ def as_record(row: JsonObject) -> JsonObject:
     return row
 
 
-def _fill_images(row: JsonObject) -> list[Message]:
-    """A row's messages, their image blocks without `image` given the images of the row's column, in order."""
-    messages = row["messages"]
-    empty = [
-        block
-        for message in messages
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        for block in message["content"]
-        if isinstance(block, dict) and block.get("type") == "image" and block.get("image") is None
-    ]
-    if not empty:
-        return messages
-    images = _images(row)
-    if len(images) != len(empty):
-        raise ValueError(f"{len(empty)} image blocks name no image, and the row's column has {len(images)} of them")
-    named = {id(block): block | {"image": image} for block, image in zip(empty, images, strict=True)}
-    return [
-        message | {"content": [named.get(id(block), block) for block in message["content"]]}
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
+def without_known_nulls(row: JsonObject) -> JsonObject:
+    """A row without those fields that a format reads and the row has as null: they are absent. The user's stay."""
+    return {name: value for name, value in row.items() if value is not None or name not in KNOWN}
 
 
-def convert(row: JsonObject, form: str, columns: dict[str, str] | None = None) -> tuple[JsonObject, list[str]]:
+def _show_images(row: JsonObject) -> JsonObject:
+    """A native row with the images of its columns in its messages."""
+    messages = row.get("messages")
+    if isinstance(messages, list):
+        rest = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
+        return (row if rest.keys() == row.keys() else rest) | {"messages": place_images(tidy(messages), images_of(row))}
+    if "messages" not in row:
+        _refuse_images(row, "text")
+    return row
+
+
+def _refuse_images(row: JsonObject, answer: str) -> None:
+    """Raises ValueError for images that nobody would see, beside a column which may be their answer."""
+    if column := next((name for name in IMAGE_COLUMNS if row.get(name)), None):
+        raise ValueError(
+            f"has `{column}`, but no question about it; if `{answer}` is what the page says, this makes records of it: "
+            f'python -m reformat_data IN OUT --question "Read the page." --map answer={answer} --map image={column}'
+        )
+
+
+def convert(
+    row: JsonObject, form: str, columns: dict[str, str] | None = None, question: str | None = None
+) -> tuple[JsonObject, list[str]]:
     """One row as a record, not yet checked; images stay the paths or URLs that they were.
+
+    Args:
+        columns: as in `possible_formats`.
+        question: of rows that have none of their own.
 
     Returns:
         The record, and the names of fields that were left out because a record uses them otherwise.
@@ -128,15 +142,19 @@ def convert(row: JsonObject, form: str, columns: dict[str, str] | None = None) -
     record = {"id": row["id"]} if row.get("id") is not None else {}
     used: set[str] = set()
     if form != "native" or "messages" in row:  # or else it is plain text
-        messages, expected, used = _columns(row, columns) if form == "columns" else CONVERTERS[form](row)
+        messages, expected, used = _columns(row, columns, question) if form == "columns" else CONVERTERS[form](row)
         record |= {"messages": messages} | ({} if expected is None else {"expected": expected})
     others = {name: value for name, value in row.items() if name not in used and name != "id"}
     return record | {n: v for n, v in others.items() if n not in RESERVED}, [n for n in others if n in RESERVED]
 
 
 def _native(row: JsonObject) -> Conversation:
-    messages = [_from_parts(message) for message in _list(row, "messages")]
-    return Conversation(messages, row.get("expected"), {"messages", "expected"})
+    messages = place_images(_messages(row), images_of(row))
+    return Conversation(messages, row.get("expected"), {"messages", "expected", *IMAGE_COLUMNS})
+
+
+def _messages(row: JsonObject) -> list[Message]:
+    return tidy([_from_parts(message) for message in _list(row, "messages")])
 
 
 def _alpaca(row: JsonObject) -> Conversation:
@@ -148,21 +166,21 @@ def _alpaca(row: JsonObject) -> Conversation:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
     used = {"instruction", "input", "output", "system", "history", "image", "images"}
-    return Conversation(_with_images(with_weights(messages, default=1), _images(row)), _text(row, "output"), used)
+    return Conversation(place_images(with_weights(messages, default=1), images_of(row)), _text(row, "output"), used)
 
 
 def _sharegpt(row: JsonObject) -> Conversation:
-    if _images(row):
+    if images_of(row):
         raise ValueError("has images: convert the file with --format llava")
     return _conversations(row)
 
 
 def _llava(row: JsonObject) -> Conversation:
     messages, expected, used = _conversations(row)
-    images = _images(row)
-    if not images and any(IMAGE in message["content"] for message in messages):
-        raise ValueError(f"the text says {IMAGE}, but the row has no `image`")
-    return Conversation(_with_images(messages, images), expected, used | {"image", "images"})
+    images = images_of(row)
+    if not images and any(TAG in message["content"] for message in messages):
+        raise ValueError(f"the text says {TAG}, but the row has no `image`")
+    return Conversation(place_images(messages, images), expected, used | {"image", "images"})
 
 
 def _conversations(row: JsonObject) -> Conversation:
@@ -177,8 +195,8 @@ def _conversations(row: JsonObject) -> Conversation:
 
 
 def _openai(row: JsonObject) -> Conversation:
-    messages = [_from_parts(message) for message in _list(row, "messages")]
-    return Conversation(*_answered(messages), {"messages"})
+    messages = place_images(_messages(row), images_of(row))
+    return Conversation(*_answered(messages), {"messages", *IMAGE_COLUMNS})
 
 
 def _from_parts(message: Json) -> Message:
@@ -217,23 +235,25 @@ def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
     return with_weights(messages[:-1], default=1), answer
 
 
-def _columns(row: JsonObject, columns: dict[str, str] | None) -> Conversation:
+def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | None = None) -> Conversation:
     if columns is None:
         pairs = [pair for pair in COLUMNS if pair[0] in row and pair[1] in row]
         if not pairs:
             known = ", ".join("/".join(pair) for pair in COLUMNS)
             raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
         columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
-    prompt, answer = row.get(columns["prompt"]), row.get(columns["answer"])
+    prompt, answer = row.get(columns["prompt"]) if "prompt" in columns else question, row.get(columns["answer"])
+    names = (columns["image"],) if "image" in columns else IMAGE_COLUMNS
+    images, used = images_of(row, names), {*columns.values(), "system", *names}
     if isinstance(prompt, list) and isinstance(answer, list) and all(isinstance(m, dict) for m in prompt + answer):
-        return Conversation(with_weights(prompt, default=0) + answer, None, {columns["prompt"], columns["answer"]})
-    images = _images(row, (columns["image"],) if "image" in columns else ("image", "images"))
-    messages = [*_system(row), {"role": "user", "content": _text(row, columns["prompt"])}]
-    used = {*columns.values(), "system"} | ({"image", "images"} if "image" not in columns else set())
-    return Conversation(_with_images(messages, images), _text(row, columns["answer"]), used)
+        messages = tidy(with_weights(prompt, default=0) + answer)
+        return Conversation(place_images(messages, images), None, used)
+    messages = [*_system(row), {"role": "user", "content": question or _text(row, columns["prompt"])}]
+    return Conversation(place_images(messages, images), _text(row, columns["answer"]), used)
 
 
 def _inst(row: JsonObject) -> Conversation:
+    _refuse_images(row, "text")
     text, messages = _text(row, "text").strip(), []
     text = text.removeprefix("<s>").lstrip()
     if found := SYSTEM_PROMPT.match(text):
@@ -282,39 +302,3 @@ def _list(row: JsonObject, name: str) -> list:
 
 def _system(row: JsonObject) -> list[Message]:
     return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-
-
-def _images(row: JsonObject, names: tuple[str, ...] = ("image", "images")) -> list[str]:
-    """A row's images, given as one path or URL or as a list of them."""
-    images: Json = next((row[name] for name in names if row.get(name)), [])
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise ValueError("an image must be a path, or a data: or file: URL")
-    return images
-
-
-def _with_images(messages: list[Message], images: list[str]) -> list[Message]:
-    """Images as blocks at the user's placeholders, in order; without placeholders, behind the first question."""
-    if not images:
-        return messages
-    asked = [message for message in messages if message["role"] == "user"]
-    if not asked:
-        raise ValueError("has an image, but no question")
-    places = sum(message["content"].count(IMAGE) for message in asked)
-    if not places:
-        asked[0]["content"] += IMAGE * len(images)
-    elif places != len(images):
-        raise ValueError(f"the number of {IMAGE} in the questions, {places}, is not that of images, {len(images)}")
-    left = iter(images)
-    for message in asked:
-        if IMAGE not in message["content"]:
-            continue
-        blocks = []
-        for number, text in enumerate(message["content"].split(IMAGE)):
-            if number:
-                blocks.append({"type": "image", "image": next(left)})
-            # The line breaks that set a placeholder apart from the text are no part of the question.
-            if text := text.strip("\n"):
-                blocks.append({"type": "text", "text": text})
-        message["content"] = blocks
-    return messages

@@ -23,6 +23,7 @@ from pathlib import Path
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.formats import DIRECT, as_record, possible_formats
 from mistral_ft.data.references import check_reference, expand_pages, resolve
+from mistral_ft.data.row_images import IMAGE_COLUMNS, check_tag
 from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.files import Json, JsonObject
@@ -263,8 +264,13 @@ def _check_message(message: Json, previous: JsonObject | None) -> None:
                 _check_block(block, role)
             except ValueError as error:
                 raise ValueError(f"block {number}: {error}") from None
-    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+    elif isinstance(content, str):
+        if role == "user":
+            check_tag(content)
+    elif content is not None or not message.get("tool_calls"):
         raise ValueError(f"`content` must be a string or a list of blocks, got {kind_of(content)}")
+    if column := next((name for name in IMAGE_COLUMNS if message.get(name)), None):
+        raise ValueError(f"its `{column}` is not read; name images in blocks of the user's messages")
     if role == "assistant" and not content and not message.get("tool_calls"):
         raise ValueError("an assistant message says nothing: it needs `content` or `tool_calls`")
     weight = message.get("weight")
@@ -323,11 +329,17 @@ def _check_block(block: Json, role: str) -> None:
     if kind == "text":
         if not isinstance(block.get("text"), str):
             raise ValueError(f"`text` must be a string, got {kind_of(block.get('text'))}")
+        if block.get("image") is not None:
+            raise ValueError("a text with an `image`; put the image into a block of its own")
+        if role == "user":
+            check_tag(block["text"])
     elif kind == "image":
         if role != "user":
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")
         if not isinstance(block.get("image"), str) or not block["image"]:
             raise ValueError(f"`image` must be the path of an image file, got {kind_of(block.get('image'))}")
+        if block.get("text") is not None:
+            raise ValueError("an image with a `text`; put the text into a block of its own")
         check_reference(block["image"])
     elif kind == "thinking":
         if role not in ("assistant", "system"):

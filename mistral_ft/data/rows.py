@@ -127,11 +127,15 @@ def _load_array(path: Path) -> list[Json]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_nothing)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: nested too deeply, or with numbers too long, to be read") from None
+
+
+def _nothing(constant: str) -> None:
+    """What NaN and Infinity are read as: no JSON has them, but pandas writes them for a value that is missing."""
 
 
 def _to_json(value: Json) -> bytes:
@@ -167,7 +171,7 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_nothing)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:

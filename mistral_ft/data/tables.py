@@ -5,14 +5,17 @@ a set may be larger than RAM. An image in a row, bytes or path, becomes the refe
 (`&item=0` where the column holds lists), counted from 0, which `pages.py` opens.
 """
 
+import base64
+import datetime
 import glob
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import datasets
 import huggingface_hub
@@ -78,9 +81,9 @@ def read_table(source: str, images_dir: Path) -> Iterator[tuple[int, bytes]]:
         for k in range(batch.num_rows):
             row = {field: values[k] for field, values in columns.items()}
             try:
-                yield start + k + 1, json.dumps(_without_nulls(row)).encode()
-            except TypeError as error:
-                raise UserError(f"{source}:{start + k + 1}: {error}; turn the column into text or numbers") from None
+                yield start + k + 1, json.dumps(_as_json(row)).encode()
+            except RecursionError:
+                raise UserError(f"{source}:{start + k + 1}: nested too deeply to be read") from None
         start += batch.num_rows
 
 
@@ -133,7 +136,18 @@ def _references(name: str, field: str, start: int, column: pa.ChunkedArray) -> l
     ]
 
 
-def _without_nulls(value: Json) -> Json:
+def _as_json(value: Any) -> Json:
+    """A table's value as JSON: without nulls and numbers that are none, dates as ISO text, bytes in base64."""
     if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {str(name): _as_json(inner) for name, inner in value.items() if not _is_missing(inner)}
+    if isinstance(value, list | tuple):
+        return [None if _is_missing(inner) else _as_json(inner) for inner in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return value if isinstance(value, str | int | float) else str(value)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))

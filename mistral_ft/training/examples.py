@@ -7,6 +7,7 @@ from mistral_ft.data.dataset import RecordDataset, RecordSize, cut_texts, measur
 from mistral_ft.data.pages import fingerprint, limit_pixels
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import Record, read_records
+from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.row_keys import hash_json
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import UserError
@@ -22,6 +23,7 @@ def read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     """
     folder, lora = settings.data.images_dir, settings.lora
     limit_pixels(settings.data.max_image_pixels)
+    keep_image_tag(settings.data.keep_image_tag)
     records = read_records(settings.data.dataset, folder, expected_required=True)
     held_out = read_records(settings.evaluation.eval_dataset or (), folder, expected_required=True)
     sees = lora.vision_lora or lora.train_projector

@@ -216,7 +216,7 @@ def test_a_changed_setting_is_refused_unless_started_over(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_file(pages, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_file(pages, tmp_path):
     rng = random.Random(0)
     data = write_jsonl(pages / "many.jsonl", [row(n, "A", [f"{n % 8}.png"] if n % 5 else []) for n in range(300)])
     command = [sys.executable, "-m", "predict", data, TINY, "--max_new_tokens", "3", "--batch_size", "4"]
@@ -227,11 +227,12 @@ def test_killed_twenty_times_it_ends_with_the_same_file(pages, tmp_path):
     assert start("whole.jsonl").wait() == 0
     partial = tmp_path / "killed.jsonl.partial"
     kills = 0
-    while kills < 20:
+    while kills < 8:
         process = start("killed.jsonl")
-        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, 2500)
+        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, 6000)
         while not (partial.exists() and partial.stat().st_size >= enough):
             assert process.poll() is None, "it was done before it was killed often enough"
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()

@@ -63,13 +63,9 @@ GOOD = {
     ),
     "sharegpt": (
         "sharegpt",
+        {"conversations": turns(("system", "S"), ("human", "Q1 image"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "A2"))},
         {
-            "conversations": turns(
-                ("system", "S"), ("human", "Q1 <image>"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "A2")
-            )
-        },
-        {
-            "messages": [says("system", "S"), says("user", "Q1 <image>"), learned("A1"), says("user", "Q2")],
+            "messages": [says("system", "S"), says("user", "Q1 image"), learned("A1"), says("user", "Q2")],
             "expected": "A2",
         },
     ),
@@ -98,7 +94,7 @@ GOOD = {
     "llava without placeholder": (
         "llava",
         {"image": "a.png", "conversations": turns(("human", "What is it?"), ("gpt", "A cat."))},
-        {"messages": [says("user", [text("What is it?"), image("a.png")])], "expected": "A cat."},
+        {"messages": [says("user", [image("a.png"), text("What is it?")])], "expected": "A cat."},
     ),
     "openai": (
         "openai",
@@ -133,7 +129,7 @@ GOOD = {
     "question and answer": (
         "columns",
         {"question": "Q", "answer": "A", "image": "a.png"},
-        {"messages": [says("user", [text("Q"), image("a.png")])], "expected": "A"},
+        {"messages": [says("user", [image("a.png"), text("Q")])], "expected": "A"},
     ),
     "inst": (
         "inst",
@@ -177,8 +173,16 @@ def test_columns_of_other_names(tmp_path, run_cli):
     columns = ["--map", "prompt=q", "--map", "answer=a", "--map", "image=scan"]
     assert run_cli("reformat_data", path, tmp_path / "out.jsonl", *columns)[0] == 0
     assert read_rows(tmp_path / "out.jsonl") == [
-        {"id": 7, "messages": [says("user", [text("Q"), image("x.png")])], "expected": "A", "image": "thumb.png"}
+        {"id": 7, "messages": [says("user", [image("x.png"), text("Q")])], "expected": "A"}
     ]
+
+
+def test_one_question_for_all_rows(tmp_path, run_cli):
+    path = write_jsonl(tmp_path / "in.jsonl", [{"image": "a.png", "text": "Invoice 17"}])
+    asked = ["--question", "Read the page.", "--map", "answer=text", "--map", "image=image"]
+    assert run_cli("reformat_data", path, tmp_path / "out.jsonl", *asked)[0] == 0
+    asked = [says("user", [image("a.png"), text("Read the page.")])]
+    assert read_rows(tmp_path / "out.jsonl") == [{"id": "in-1", "messages": asked, "expected": "Invoice 17"}]
 
 
 # name: (format, row, reason)
@@ -224,7 +228,7 @@ FAULTS = {
     "too few placeholders": (
         "llava",
         {"images": ["a.png", "b.png"], "conversations": turns(("human", "<image>Q"), ("gpt", "A"))},
-        "the number of <image> in the questions, 1, is not that of images, 2",
+        "there are 1 places for images, <image> in the user's texts or image blocks without one, and 2 images for them",
     ),
     "placeholder without image": (
         "llava",
@@ -234,7 +238,7 @@ FAULTS = {
     "image in bytes": (
         "llava",
         {"image": {"bytes": "…"}, "conversations": turns(("human", "<image>Q"), ("gpt", "A"))},
-        "an image must be a path, or a data: or file: URL",
+        "an image's bytes cannot stand in JSON: write its path, or a data: URL",
     ),
     "image without question": (
         "llava",
@@ -347,7 +351,10 @@ def test_files_that_are_there_are_kept(tmp_path, run_cli):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--map", "prompt=q"], "--map needs prompt=COLUMN and answer=COLUMN, and takes image=COLUMN beside them"),
+        (
+            ["--map", "prompt=q"],
+            "--map needs --map answer=COLUMN and --map prompt=COLUMN, and takes --map image=COLUMN beside",
+        ),
         (["--map", "prompt"], "--map takes NAME=VALUE"),
         (["--map", "prompt=q", "--map", "answer=a", "--format", "alpaca"], "--map has no effect with --format alpaca"),
         (["--split", "1"], "--split 1: must be a share between 0 and 1"),

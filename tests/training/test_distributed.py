@@ -1,5 +1,6 @@
 """Several processes give what one gives, and none of them is waited for in vain. CPU, gloo."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mistral_ft.data.collators import PackBatches
-from tests.conftest import ROOT, TINY, read_rows, write_jsonl
+from tests.conftest import ROOT, TINY, make_pages, read_rows, write_jsonl
 
 TRAIN = ("--model_id", TINY, "--learning_rate", "2e-3", "--lora_dropout", 0)
 
@@ -126,6 +127,20 @@ def test_two_processes_go_on_with_the_batches_that_are_left(pages, run_cli, tmp_
     assert two.read_bytes() == one.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(more arguments) -> the adapter of a run of two processes that nothing stopped."""
+
+    @functools.cache
+    def train(more: tuple) -> bytes:
+        folder = tmp_path_factory.mktemp("whole")
+        data = make_pages(folder) / "train.jsonl"
+        done = together("train", *FAULTY, *more, "--dataset", data, "--output_dir", folder / "output")
+        return (run_folder(done.stdout) / "adapter_model.safetensors").read_bytes()
+
+    return train
+
+
 FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
 
 
@@ -144,7 +159,7 @@ FAULTY = (*TRAIN, "--max_steps", 6, "--save_steps", 2, "--ddp_timeout", 10)
         ("term", "error: stopped after step 4, which is saved", ("--shard_base", True)),
     ],
 )
-def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, line, more):
+def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, whole, fault, line, more):
     output = tmp_path / "output"
     arguments = (*FAULTY, *more, "--dataset", pages / "train.jsonl", "--output_dir", output)
     done = together("tests.helpers.faulty", fault, 1, 4, *arguments)
@@ -157,11 +172,9 @@ def test_one_process_that_ends_ends_all_with_one_line(pages, tmp_path, fault, li
     assert not list(run.glob(".*"))
 
     # The same command goes on, with the random state of both.
-    whole = together("train", *arguments[:-1], tmp_path / "whole")
     again = together("train", *arguments, "--resume_from_checkpoint", "auto")
     assert f"Continuing from {run / saved[-1]}" in again.stdout
-    ours, theirs = (run_folder(done.stdout) / "adapter_model.safetensors" for done in (again, whole))
-    assert ours.read_bytes() == theirs.read_bytes()
+    assert (run_folder(again.stdout) / "adapter_model.safetensors").read_bytes() == whole(more)
 
 
 @pytest.mark.slow
