@@ -7,7 +7,7 @@ import pytest
 from mistral_ft.data.dataset import RecordDataset
 from mistral_ft.data.formats import as_record
 from mistral_ft.data.processor import Processor
-from mistral_ft.data.records import check_record, read_records
+from mistral_ft.data.records import read_records
 from mistral_ft.data.row_images import KEEP_TAG
 from mistral_ft.errors import UserError
 from tests.conftest import TINY, make_page, write_jsonl
@@ -141,10 +141,22 @@ def test_what_would_be_left_out_is_refused_by_line(folder, name):
     assert reason in str(stop.value)
 
 
-def test_the_tag_is_text_for_who_says_so(folder, monkeypatch):
-    row = {"messages": [asks("What does <image> mean?"), says("A picture.")]}
-    monkeypatch.setenv(KEEP_TAG, "1")
-    check_record(as_record(row))
+@pytest.mark.parametrize("step", ["train", "predict", "validate_data", "reformat_data"])
+def test_the_tag_is_text_for_who_says_so(folder, run_cli, monkeypatch, step):
+    monkeypatch.setenv(KEEP_TAG, "")  # so that what the step sets is undone
+    monkeypatch.delenv(KEEP_TAG)
+    data = write_jsonl(folder / "rows.jsonl", [{"messages": [asks("What does <image> mean?"), says("A picture.")]}])
+    arguments = {
+        "train": ["--model_id", TINY, "--dataset", data, "--output_dir", folder / "output", "--max_steps", 1],
+        "predict": [data, TINY, "-o", folder / "p.jsonl", "--max_new_tokens", 1],
+        "validate_data": [data],
+        "reformat_data": [data, folder / "out.jsonl"],
+    }[step]
+    code, out, err = run_cli(step, *arguments)
+    assert code in (1, 2)
+    assert "the text says <image>, and the row has no image for it; if it is text, give --keep_image_tag" in out + err
+    flag = ["--keep_image_tag", "True"] if step == "train" else ["--keep_image_tag"]
+    assert run_cli(step, *arguments, *flag)[0] == 0
 
 
 def test_nulls_of_ours_are_absent_and_others_stay(folder):

@@ -107,7 +107,7 @@ def test_greedy_answers_are_those_of_transformers(base, data):
 
 
 def _with_ids(ids):
-    return lambda self, index: RecordDataset.__getitem__(self, index) | {"input_ids": ids}
+    return lambda self, index: RecordDataset.__getitem__(self, index)._replace(input_ids=ids)
 
 
 def test_it_trains_predicts_and_merges(name, base, data, train_tiny, run_cli, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ class TestRecord:
             ["other", '{"type": "video"}'],
         ]
         assert shown[3].json()["id"] == "12345678901234567890"
-        assert shown[3].json()["fields"] == [["x", "NaN"]]
+        assert shown[3].json()["fields"] == [["x", None]]
 
     def test_tokens_are_those_of_the_encoder(self, serve, pages):
         client = serve(pages / "train.jsonl", model=TINY)

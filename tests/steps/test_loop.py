@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
@@ -23,6 +24,7 @@ IMAGES = ("--images_dir", ROOT / "dataset")
 SAMPLE = {"train": 400, "test": 100, "train-invoices": 400, "test-invoices": 100, "test-reading": 100}
 
 
+@pytest.mark.slow
 def test_what_the_base_cannot_do_is_learned_from_pages_and_merged(train_tiny, run_cli, tmp_path, monkeypatch):
     files = {}
     for name, count in {"train": 120, "test": 24, "test-reading": 24}.items():
