@@ -2,7 +2,8 @@
 
     python -m reformat_data alpaca.json records.jsonl [--split 0.9] [--where FIELD=VALUE] [--limit N]
 
-IN is whatever train reads: Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer columns, [INST] text, or records.
+IN is a file or table of any kind that train reads; its rows are Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer
+columns, [INST] text, or records.
 Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
 and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
 converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.

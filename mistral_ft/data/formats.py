@@ -165,7 +165,7 @@ def _alpaca(row: JsonObject) -> Conversation:
             raise ValueError("`history` must be a list of [question, answer] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
-    used = {"instruction", "input", "output", "system", "history", "image", "images"}
+    used = {"instruction", "input", "output", "system", "history", *IMAGE_COLUMNS}
     return Conversation(place_images(with_weights(messages, default=1), images_of(row)), _text(row, "output"), used)
 
 
@@ -180,7 +180,7 @@ def _llava(row: JsonObject) -> Conversation:
     images = images_of(row)
     if not images and any(TAG in message["content"] for message in messages):
         raise ValueError(f"the text says {TAG}, but the row has no `image`")
-    return Conversation(place_images(messages, images), expected, used | {"image", "images"})
+    return Conversation(place_images(messages, images), expected, used | {*IMAGE_COLUMNS})
 
 
 def _conversations(row: JsonObject) -> Conversation:

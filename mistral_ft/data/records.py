@@ -160,6 +160,8 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
     folder = Path(images_dir) if images_dir is not None else Path(path).parent
     if images_dir is None and is_table(path) and not folder.is_dir():
         folder = Path()  # a hub id
+    if not folder.is_dir() and images_dir is None:
+        raise UserError(f"{path}: no such file")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images; give it with --images_dir")
     return folder

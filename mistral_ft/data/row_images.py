@@ -121,8 +121,8 @@ def place_images(messages: list[Message], images: Sequence[str]) -> list[Message
         return messages
     elif places != len(left):
         raise ValueError(
-            f"there are {places} places for images, {TAG} in the user's texts or image blocks without one, "
-            f"and {len(left)} images for them"
+            f"number of images: {len(left)}, of places for them: {places} ({TAG} in the user's texts, or image blocks "
+            "without one); make them the same"
         )
     else:
         for block, image in zip((b for b in shown if b.get("image") is None), left, strict=True):

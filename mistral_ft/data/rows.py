@@ -4,7 +4,7 @@
 |-------------------------------------------|---------------------------------------------------------------|
 | a.jsonl                                   | its lines, numbered from 1                                    |
 | a.json                                    | the values of the one JSON array that it is                   |
-| a.parquet, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it         |
+| a.parquet, a.csv, a.tsv, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it |
 """
 
 import json
@@ -19,16 +19,17 @@ from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
 
 TABLE_FILES = ("*.parquet", "*.arrow")  # which make a folder a table
-FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")  # of what is no hub id, though it looks like one
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv")
+FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".arrow", ".gz", ".zip", *TABLE_SUFFIXES)  # of what is no hub id
 
 
 def is_table(path: str | os.PathLike) -> bool:
-    """Whether a source is read by `datasets`: a parquet file, a folder or a hub id, with or without a split."""
+    """Whether `datasets` reads a source: a parquet, CSV or TSV file, a folder or a hub id, with or without a split."""
     path = Path(path)
     if path.is_dir():
         return any(next(path.rglob(pattern), None) for pattern in TABLE_FILES)
     if path.exists():
-        return path.suffix == ".parquet"
+        return path.suffix in TABLE_SUFFIXES
     name, colon, _ = str(path).rpartition(":")
     if colon and Path(name).is_dir():
         return is_table(name)

@@ -1,4 +1,4 @@
-"""Tables: parquet files, `datasets` folders and hub ids as rows, with the images in them as references.
+"""Tables: parquet, CSV and TSV files, `datasets` folders and hub ids as rows, with the images in them as references.
 
 `datasets` keeps a table in its cache as Arrow files that are mapped into memory, so that a row is there at once and
 a set may be larger than RAM. An image in a row, bytes or path, becomes the reference `<source>#row=12&column=image`
@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 64
 
 @lru_cache(8)
 def open_table(source: str) -> datasets.Dataset:
-    """The `datasets.Dataset` of a parquet file, a folder or a hub id, each of the latter with ":split" or without.
+    """The `datasets.Dataset` of a parquet, CSV or TSV file, a folder or a hub id; of these with ":split" or without.
 
     Raises:
         UserError: if it cannot be read, in one line.
@@ -43,13 +43,16 @@ def open_table(source: str) -> datasets.Dataset:
         path, _, split = source.rpartition(":")
     try:
         if Path(path).is_file():
-            found = datasets.Dataset.from_parquet(glob.escape(path))
+            read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.Dataset.from_csv
+            found = read(glob.escape(path), **({"sep": "\t"} if path.endswith(".tsv") else {}))
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:
             found = datasets.load_dataset(path)
     except Exception as error:  # of many kinds, from Arrow's, the hub's and the file system's
         reason = (str(error) or repr(error)).splitlines()[0][:300]
+        if not Path(path).exists():
+            raise UserError(f"{source}: no such file or folder, and no data set of the hub: {reason}") from None
         raise UserError(f"{source}: cannot be read as a table: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))

@@ -1,6 +1,6 @@
 """How right an answer is, row by row. Nothing here needs torch or numpy.
 
-Text is compared after NFC and with the white space around it taken off; what else is folded is said at each metric.
+White space around a text never counts. What else is made equal, Unicode forms among it, is said at each metric.
 """
 
 import json
@@ -126,7 +126,8 @@ def grade(row: JsonObject, folds: tuple[str, ...] = FOLDS) -> Grade:
 def fields_of(text: str | None) -> dict[str, str] | None:
     """The fields of a JSON object or list, as {path: value as compact JSON}; None for any other text.
 
-    A path is ("lines.0.price"); numbers that are equal, such as 4 and 4.0, have the same value.
+    A path is such as lines.0.price; a key that would be misread in it stands in quotes, as in JSON. Numbers that are
+    equal, such as 4 and 4.0, have the same value.
     """
     if not text or text.lstrip()[:1] not in ("{", "["):
         return None
@@ -136,6 +137,10 @@ def fields_of(text: str | None) -> dict[str, str] | None:
         return None
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+_MISREAD = re.compile(r"""^$|^\d+$|[.\s"]""")  # in a path: what is empty, looks like a place in a list, or divides
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")  # though Python reads NaN and Infinity
 
@@ -143,8 +148,11 @@ def _refuse(constant: str) -> None:
 def _flatten(data: Json, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(data, dict | list) and data:
         for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+            name = key if isinstance(key, str) and key.isprintable() and not _MISREAD.search(key) else json.dumps(key)
+            yield from _flatten(value, f"{path}.{name}" if path else name)
         return
     value = data.strip() if isinstance(data, str) else data
     value = int(value) if isinstance(value, float) and value.is_integer() else value
-    yield path, json.dumps(value, ensure_ascii=False)
+    # Half a surrogate, which JSON can spell, is no text that could be printed.
+    text = json.dumps(value, ensure_ascii=False)
+    yield path, text if text.isascii() or not _HALF.search(text) else json.dumps(value)

@@ -105,7 +105,7 @@ FAULTS = {
     "too few images": (
         '{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], "images": ["a.png"], '
         '"expected": "b"}',
-        "there are 2 places for images, <image> in the user's texts or image blocks without one, and 1 images for them",
+        "number of images: 1, of places for them: 2 (",
     ),
     "a comment": ("// pages of 2024", "a comment at column 1: JSON allows none, remove it"),
     "silent assistant": (

@@ -102,9 +102,12 @@ def test_what_predict_writes_is_read_as_it_was(name):
 REFUSED = {
     "more images": (
         {"messages": [asks("<image>Q"), says("A")], "images": ["a.png", "b.png"]},
-        "there are 1 places for images, <image> in the user's texts or image blocks without one, and 2 images for them",
+        "number of images: 2, of places for them: 1 (<image> in the user's texts, or image blocks without one); make",
     ),
-    "fewer images": ({"messages": [asks("<image><image>Q"), says("A")], "images": ["a.png"]}, "there are 2 places"),
+    "fewer images": (
+        {"messages": [asks("<image><image>Q"), says("A")], "images": ["a.png"]},
+        "number of images: 1, of places for them: 2 (",
+    ),
     "no image": ({"messages": [asks("<image>Q"), says("A")]}, "the text says <image>, and the row has no image for it"),
     "no image, in a block": ({"messages": [asks([text("<image>Q")]), says("A")]}, "the text says <image>"),
     "no image, an empty list": ({"messages": [asks("<image>Q"), says("A")], "images": []}, "the text says <image>"),

@@ -160,7 +160,7 @@ def test_faults_of_tables_are_one_line(tmp_path, dataset):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"^[^\n]*a.parquet: cannot be read as a table: [^\n]*$"):
         read_records([tmp_path / "a.parquet"])
-    with pytest.raises(UserError, match=r"^no/such-set: cannot be read as a table: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^no/such-set: no such file or folder, and no data set of the hub: [^\n]*$"):
         read_records(["no/such-set"])
     dataset.remove_columns(["expected"]).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b.parquet:1: no `expected`"):
@@ -254,3 +254,21 @@ def test_a_json_array_is_loaded_once(tmp_path, run_cli, monkeypatch, step, more,
     assert code == 0, err
     assert loaded == [path]
     assert [line.partition(",")[0] for line in err.splitlines()] == lines
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_a_file_of_separated_values(tmp_path, suffix, mark):
+    (tmp_path / "a.png").write_bytes(png(4))
+    rows = [
+        ("id", "question", "answer", "image", "score"),
+        ("007", "Title?", "A, B", "a.png", ""),
+        ("8", "Q", "7", "", "2.5"),
+    ]
+    quoted = "\n".join(mark.join(f'"{value}"' if "," in value else value for value in row) for row in rows)
+    path = tmp_path / f"data.{suffix}"
+    path.write_text(quoted)
+    first, second = read_records([path], expected_required=True)
+    assert (first.expected, first.image_paths) == ("A, B", [str(tmp_path / "a.png")])
+    assert "score" not in first.data
+    assert second.image_paths == []
+    assert second.data["score"] == 2.5

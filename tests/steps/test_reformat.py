@@ -228,7 +228,8 @@ FAULTS = {
     "too few placeholders": (
         "llava",
         {"images": ["a.png", "b.png"], "conversations": turns(("human", "<image>Q"), ("gpt", "A"))},
-        "there are 1 places for images, <image> in the user's texts or image blocks without one, and 2 images for them",
+        "number of images: 2, of places for them: 1 (<image> in the user's texts, or image blocks without one); make "
+        "them the same",
     ),
     "placeholder without image": (
         "llava",

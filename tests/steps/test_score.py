@@ -251,6 +251,21 @@ def test_what_is_no_json(text):
     assert fields_of(text) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('{"a.b": 1, "a": {"b": 2}}', {'"a.b"': "1", "a.b": "2"}),
+        ('{"0": "x"}', {'"0"': '"x"'}),
+        ('["x"]', {"0": '"x"'}),
+        ('{"": "x"}', {'""': '"x"'}),
+        (r'{"na\ud83dme": "x\ud83d"}', {r'"na\ud83dme"': r'"x\ud83d"'}),
+        (r'{"a\u202eb": "ü"}', {r'"a\u202eb"': '"ü"'}),
+    ],
+)
+def test_no_two_fields_have_one_name_and_every_name_can_be_printed(text, fields):
+    assert fields_of(text) == fields
+
+
 def test_fields_are_bounded(monkeypatch):
     monkeypatch.setattr(scoring, "MOST_FIELDS", 2)
     result = json_figures(('{"a": 1, "b": 2, "c": 3, "d": 4}', '{"a": 1, "c": 3}'))
