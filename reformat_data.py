@@ -11,7 +11,6 @@ converted are left out, and named with the reason; the exit code is 0 unless not
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import re
@@ -26,6 +25,7 @@ from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.row_images import keep_image_tag
+from mistral_ft.data.row_keys import hash_json
 from mistral_ft.data.rows import RowSource, data_files, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
@@ -158,9 +158,8 @@ def page_keys(record: JsonObject, images: list[str], hashes: dict[str, str]) -> 
                 raise ValueError(f"image {image} does not exist, and --split compares the pages") from None
             except OSError as error:
                 raise ValueError(f"image {image} cannot be read: {error.strerror}") from None
-    return [hashes[image] for image in images] or [
-        hashlib.sha256(json.dumps(record.get("messages", record.get("text")), sort_keys=True).encode()).hexdigest()
-    ]
+    asked = hash_json(record.get("messages", record.get("text")))
+    return [hashes[image] for image in images] or [f"asked {asked}"]
 
 
 def group_key(row: JsonObject, group: str | None) -> list[str]:
