@@ -72,7 +72,7 @@ def packed_logits(base, dataset, numbers) -> list[torch.Tensor]:
     model = load_base(base, GPU).eval()
     model.get_base_model = lambda: model
     take_over_layers(model, compiled=False, packing=True)
-    batch = TrainingCollator(dataset.encoder.control.pad, length=1024)([[dataset[k] for k in numbers]])
+    batch = TrainingCollator(dataset.processor.encoder.control.pad, length=1024)([[dataset[k] for k in numbers]])
     bounds = batch.cu_seq_lens.tolist()
     inputs = batch.to(GPU).model_inputs()
     with torch.no_grad():
