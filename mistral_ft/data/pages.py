@@ -1,7 +1,7 @@
 """Pages: the one place where an image reference (see `references.py`) becomes a picture, upright and in RGB.
 
-Files and data URLs are read by Pillow, PDFs by PDFium. Train, predict, validate and the review page all come here, so
-that they see the same page.
+Files and data URLs are read by Pillow, PDFs by PDFium (`pdf.py`). Train, predict, validate and the review page all come
+here, so that they see the same page.
 """
 
 import contextlib
@@ -10,49 +10,48 @@ import hashlib
 import io
 import math
 import os
-import threading
 import warnings
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from mistral_ft.data import pdf
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 
-if TYPE_CHECKING:
-    import pypdfium2
-
-PDF_DPI = 200  # of pages that are drawn for no model
-PDF_PIXELS = 25_000_000  # that such a page may have
 # A JPEG is decoded at a half, quarter or eighth of its size if that is at least twice the size it is fed at, as in
 # Pillow's Image.thumbnail. Scans at 600 dpi come out 0.1 to 0.7 of 255 grey levels apart from those decoded in full.
 REDUCING_GAP = 2
 # The environment reaches every worker process, however it is started.
 MAX_PIXELS = "MISTRAL_FT_MAX_IMAGE_PIXELS"
 
-_pdfium = threading.Lock()  # PDFium does one thing at a time
 
+def limit_pages(most_pixels: int | None, pdf_seconds: float | None) -> None:
+    """Set the pixels that an image may have and the seconds that a page of a PDF may take; None changes nothing.
 
-def limit_pixels(most: int | None) -> None:
-    """Set the pixels that an image may have, here and in worker processes yet to be started; None changes nothing.
+    They hold here and in worker processes yet to be started.
 
     Raises:
-        UserError: if there are none.
+        UserError: if one is not positive.
     """
-    if most is not None:
-        if most < 1:
-            raise UserError(f"--max_image_pixels {most}: must be at least 1")
-        os.environ[MAX_PIXELS] = str(most)
+    if pdf_seconds is not None:
+        if not 0 < pdf_seconds < math.inf:
+            raise UserError(f"--pdf_seconds {pdf_seconds}: must be more than 0")
+        os.environ[pdf.SECONDS] = str(pdf_seconds)
+    if most_pixels is not None:
+        if most_pixels < 1:
+            raise UserError(f"--max_image_pixels {most_pixels}: must be at least 1")
+        os.environ[MAX_PIXELS] = str(most_pixels)
     if MAX_PIXELS in os.environ:
         # Pillow refuses what has twice as many. Rounded, an odd limit would be another one.
         Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS]) / 2  # type: ignore[assignment]
 
 
-limit_pixels(None)
+limit_pages(None, None)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the limit on
 
 
@@ -109,7 +108,7 @@ _file_hash = functools.lru_cache(64)(sha256_file)  # a PDF has many pages
 
 
 @contextlib.contextmanager
-def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile", int | None]]:
+def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | pdf.PdfFile", int | None]]:
     """Open what a reference names, no more than its header read; what goes wrong becomes one line.
 
     Yields:
@@ -124,10 +123,13 @@ def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile
     shown = reference if len(name) <= most else f"{name[:most]}…{reference[len(name) :]}"
     try:
         with bytes_of(name) as file:
-            is_pdf = file.read(5) == b"%PDF-"
-            file.seek(0)
-            with PdfFile.opened(file) if is_pdf else PillowFile.opened(file) as document:
-                yield document, page
+            if _is_pdf(file):
+                is_file = not is_data_url(name) and not table_of(name)
+                with pdf.PdfFile.opened(name if is_file else file.read()) as document:
+                    yield document, page
+            else:
+                with PillowFile.opened(file) as document:
+                    yield document, page
     except FileNotFoundError:
         raise ValueError(f"image {shown} does not exist") from None
     except Image.DecompressionBombError:
@@ -156,7 +158,21 @@ def bytes_of(name: str) -> IO[bytes]:
     return open(name, "rb")
 
 
-def _one_page(document: "PillowFile | PdfFile", page: int | None) -> int:
+def _is_pdf(file: IO[bytes]) -> bool:
+    """Whether a file is a PDF: mail and web servers put bytes before its header, which readers of PDFs look past."""
+    head = file.read(1024)
+    found = head.startswith(b"%PDF-")
+    if not found and b"%PDF-" in head:
+        file.seek(0)
+        try:
+            Image.open(file)
+        except Image.UnidentifiedImageError:
+            found = True  # and no picture that has the word in its notes
+    file.seek(0)
+    return found
+
+
+def _one_page(document: "PillowFile | pdf.PdfFile", page: int | None) -> int:
     """The page to open: the one that is named, or the only one."""
     if page is None and document.count > 1:
         count = document.count
@@ -222,48 +238,6 @@ class PillowFile:
 
     def _turned(self, width: int, height: int) -> tuple[int, int]:
         return (height, width) if self._sideways else (width, height)
-
-
-class PdfFile:
-    """A PDF. PDFium is locked while it is open."""
-
-    def __init__(self, pdf: "pypdfium2.PdfDocument"):
-        self.pdf = pdf
-        self.count = len(pdf)
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, file: IO[bytes]) -> Iterator["PdfFile"]:
-        import pypdfium2  # not needed where there are no PDFs
-
-        with _pdfium:
-            try:
-                with contextlib.closing(pypdfium2.PdfDocument(file)) as pdf:
-                    pdf.init_forms()  # or what was filled in is not drawn
-                    yield cls(pdf)
-            except pypdfium2.PdfiumError as error:
-                reasons = {
-                    pypdfium2.raw.FPDF_ERR_PASSWORD: "the PDF is protected by a password; save a copy without",
-                    pypdfium2.raw.FPDF_ERR_FORMAT: "the PDF is damaged, or has no page",
-                }
-                raise ValueError(reasons.get(error.err_code, f"the PDF is damaged: {error}")) from None
-
-    def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
-        width, height = self.pdf.get_page_size(page)
-        scale = self._scale(page, fitter)
-        return math.ceil(width * scale), math.ceil(height * scale)  # as PdfPage.render rounds
-
-    def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
-        return self.pdf[page].render(scale=self._scale(page, fitter)).to_pil().convert("RGB")
-
-    def _scale(self, page: int, fitter: ImageFitter | None) -> float:
-        """Pixels per point (1/72 inch)."""
-        width, height = self.pdf.get_page_size(page)
-        if fitter:
-            scale = fitter.longest_edge / max(width, height)
-        else:
-            scale = min(PDF_DPI / 72, (PDF_PIXELS / (width * height)) ** 0.5)
-        return scale * (1 - 1e-6)  # PDFium's sizes are 32-bit floats: a little more would be rounded up to a pixel more
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -71,7 +71,7 @@ class ReviewApp:
         self.desk, self.images_dir, self.tokens, self.runs_dir = desk, images_dir, tokens, runs_dir
         self.views: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # (generation, row numbers)
         self.last_view = 0
-        self.decoding = anyio.CapacityLimiter(2)  # pages at once: a large one takes half a GB
+        self.reading = anyio.CapacityLimiter(100)  # threads of their own: pages may be waited for, and nothing else
 
     def starlette(self) -> Starlette:
         """The ASGI application."""
@@ -203,7 +203,8 @@ class ReviewApp:
             except ValueError as error:
                 return {"name": label(name), "error": str(error)}
 
-        return JSONResponse({"images": [await asyncio.to_thread(describe, name) for name in names]})
+        found = [await anyio.to_thread.run_sync(describe, name, limiter=self.reading) for name in names]
+        return JSONResponse({"images": found})
 
     async def image(self, request: Request) -> Response:
         """One page of one of a row's images."""
@@ -212,13 +213,14 @@ class ReviewApp:
         if number >= len(names):
             raise HTTPException(404, "the row has no such image")
         reference = find_page(self.images_dir, names[number])
-        data, kind = await anyio.to_thread.run_sync(render_page, reference, page, limiter=self.decoding)
+        data, kind = await anyio.to_thread.run_sync(render_page, reference, page, limiter=self.reading)
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=300"})
 
     async def token_view(self, request: Request) -> Response:
         """The tokens that a row becomes."""
         row = self.desk.read(self._row(request))
-        return JSONResponse(await asyncio.to_thread(self.tokens.tokens, row, self.images_dir))
+        tokens = self.tokens.tokens
+        return JSONResponse(await anyio.to_thread.run_sync(tokens, row, self.images_dir, limiter=self.reading))
 
     # Decisions.
 

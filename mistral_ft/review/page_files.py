@@ -1,7 +1,9 @@
 """Pages for the browser: only from the images' folder, only what Pillow or PDFium could read, in a format it shows."""
 
+import contextlib
 import io
 import os
+import threading
 from pathlib import Path, PurePosixPath
 
 from mistral_ft.data.pages import PillowFile, bytes_of, open_image, opened
@@ -14,6 +16,8 @@ MOST_PAGES = 500  # of one file that are shown
 # What every browser shows as Pillow reads it: any other format, and other modes of these, are converted.
 SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SHOWN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+
+_decoding = threading.Semaphore(2)  # a large page takes half a GB; PDFs are drawn in processes of their own
 
 
 def find_page(images_dir: str | os.PathLike, reference: str) -> str:
@@ -61,9 +65,11 @@ def render_page(reference: str, page: int) -> tuple[bytes, str]:
     """
     name, named = split_page(reference)
     reference = f"{name}#page={(page if named is None else named) + 1}"
-    image = open_image(reference)
     with opened(reference) as (document, _):
+        by_pillow = isinstance(document, PillowFile)
         kind = _shown_as(document) if isinstance(document, PillowFile) else None
+    with _decoding if by_pillow else contextlib.nullcontext():
+        image = open_image(reference)
     if kind and image.width * image.height <= MOST_PIXELS:
         with bytes_of(name) as file:
             data = file.read(MOST_BYTES + 1)
