@@ -179,10 +179,8 @@ class PillowFile:
         self._tiff_pages = tiff.find_pages(file) if tiff.is_tiff(start[:4]) else []
         self.count = len(self._tiff_pages) or 1
         self.header: Image.Image  # of a TIFF, that of the page whose size or image was asked for last
-        if heic.is_heic(start):
-            heic.register()
         if not self._tiff_pages:
-            self.header = Image.open(file)
+            self.header = heic.open_heic(file) if heic.is_heic(start) else Image.open(file)
 
     @classmethod
     @contextlib.contextmanager

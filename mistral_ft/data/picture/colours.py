@@ -26,7 +26,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     if image.mode == "LAB":
-        image = ImageCms.applyTransform(image, _to_srgb(ImageCms.createProfile("LAB"), "LAB"))
+        image = _to_srgb(ImageCms.createProfile("LAB"), "LAB").apply(image)
     elif profile:
         image = _by_profile(image, profile)
     if image.has_transparency_data:
@@ -72,7 +72,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
         return image.convert("LA").point(change + list(range(256))) if alpha else image.point(change)
     if image.mode not in ("RGB", "CMYK") or alpha:
         image = image.convert("RGBA" if alpha else "RGB")
-    return ImageCms.applyTransform(image, change)
+    return change.apply(image)
 
 
 @functools.lru_cache(16)  # pages of one source have the same profile
@@ -91,8 +91,8 @@ def _change(profile: bytes, mode: str) -> "ImageCms.ImageCmsTransform | list[int
             levels = np.linspace(0, 255, 18).astype(np.uint8)
             colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(1, -1, 3)
             before = Image.fromarray(colours).convert(mode)
-        after = ImageCms.applyTransform(before, transform).convert("RGB")
-    except (ImageCms.PyCMSError, OSError):
+        after = transform.apply(before).convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return None
     apart = np.abs(np.asarray(before.convert("RGB"), int) - np.asarray(after, int))
     if (apart.max() <= SAME and mode != "CMYK") or apart[0, -1].max() > 127:  # its paper is dark: it is damaged
