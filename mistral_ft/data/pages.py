@@ -14,11 +14,14 @@ import warnings
 from collections.abc import Iterator
 from typing import IO
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from mistral_ft.data import pdf
 from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.picture import heic, tiff
+from mistral_ft.data.picture.colours import to_rgb
+from mistral_ft.data.picture.density import square_pixels
 from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
@@ -183,32 +186,55 @@ def _one_page(document: "PillowFile | pdf.PdfFile", page: int | None) -> int:
 
 
 class PillowFile:
-    """A file that Pillow reads: one page, or the frames of a TIFF. Of a GIF or MPO only the first frame is a page."""
+    """A file that Pillow reads: one page, or those of a TIFF. Of a GIF or MPO only the first frame is a page."""
 
-    def __init__(self, header: Image.Image):
-        self.header = header
-        self.count = getattr(header, "n_frames", 1) if header.format == "TIFF" else 1
+    def __init__(self, file: IO[bytes]):
+        start = file.read(64)
+        file.seek(0)
+        self._file = file
+        self._tiff_pages = tiff.find_pages(file) if tiff.is_tiff(start[:4]) else []
+        self.count = len(self._tiff_pages) or 1
+        self.header: Image.Image  # of a TIFF, that of the page whose size or image was asked for last
+        if not self._tiff_pages:
+            self.header = heic.open_heic(file) if heic.is_heic(start) else Image.open(file)
 
     @classmethod
     @contextlib.contextmanager
     def opened(cls, file: IO[bytes]) -> Iterator["PillowFile"]:
-        with Image.open(file) as header:
-            yield cls(header)
+        yield cls(file)
 
     def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
-        self.header.seek(page)
-        # Pillow gives a TIFF's size upright.
-        return self.header.size[::-1] if self.header.format != "TIFF" and self._sideways else self.header.size
+        return self._turn_to(page)[0]
 
     def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
-        self.header.seek(page)
-        image = self._reduced(fitter) if fitter and self.header.format in ("JPEG", "MPO") else None
-        if image is None:
+        """The page; `info["density"]` says for people what is unusual about the shape of its pixels, if anything is."""
+        size, unusual = self._turn_to(page)
+        image = self._reduced(size, fitter) if fitter and self.header.format in ("JPEG", "MPO") else None
+        whole = image is None
+        if image is None and isinstance(self.header, TiffImageFile):
+            image = tiff.decode(self.header)
+        elif image is None:
             self.header.load()
             image = self.header
         # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
         ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
-        return to_rgb(image)
+        image = to_rgb(image)
+        if whole and image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        if unusual:
+            image.info["density"] = unusual
+        return image
+
+    def _turn_to(self, page: int) -> tuple[tuple[int, int], str | None]:
+        """Read the header of a page; returns its size, upright and with square pixels, and what is unusual in those."""
+        if self._tiff_pages:
+            self.header = tiff.open_page(self._file, self._tiff_pages[page])
+        stored = tiff.stored_size(self.header) if isinstance(self.header, TiffImageFile) else self.header.size
+        (width, height), unusual = square_pixels(self.header, *stored)
+        most = Image.MAX_IMAGE_PIXELS
+        if most and width * height > 2 * most and (width, height) != stored:
+            raise Image.DecompressionBombError
+        return self._turned(width, height), unusual
 
     @property
     def orientation(self) -> int:
@@ -219,11 +245,11 @@ class PillowFile:
     def _sideways(self) -> bool:
         return self.orientation in (5, 6, 7, 8)
 
-    def _reduced(self, fitter: ImageFitter) -> Image.Image | None:
-        """A JPEG at the size it is fed at, decoded in part; None if it is too small for that."""
+    def _reduced(self, size: tuple[int, int], fitter: ImageFitter) -> Image.Image | None:
+        """A JPEG of `size` at the size it is fed at, decoded in part; None if it is too small for that."""
         width, height = self.header.size
         try:
-            rows, columns = fitter.grid(*self._turned(width, height))
+            rows, columns = fitter.grid(*size)
         except ValueError:  # too thin for the model, as it will find out
             return None
         upright = columns * fitter.cell_size, rows * fitter.cell_size
@@ -238,18 +264,3 @@ class PillowFile:
 
     def _turned(self, width: int, height: int) -> tuple[int, int]:
         return (height, width) if self._sideways else (width, height)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB: alpha on white, and 16-bit, 32-bit and float greys scaled to 8 bits instead of clipped."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        # Files do not store their full scale: take the smallest usual one that holds the brightest value.
-        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
-        full_scale = next((scale for scale in usual if values.max() <= scale), values.max())
-        image = Image.fromarray((values.clip(0) * (255 / full_scale)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")

@@ -16,6 +16,7 @@ MOST_PAGES = 500  # of one file that are shown
 # What every browser shows as Pillow reads it: any other format, and other modes of these, are converted.
 SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SHOWN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+COLOURS = {"icc_profile", "gamma"}  # of which browsers make what we do not, where profiles are damaged or do not fit
 
 _decoding = threading.Semaphore(2)  # a large page takes half a GB; PDFs are drawn in processes of their own
 
@@ -87,7 +88,8 @@ def render_page(reference: str, page: int) -> tuple[bytes, str]:
 
 
 def _shown_as(file: PillowFile) -> str | None:
-    """The media type of a file that a browser shows as it is."""
-    header = file.header
+    """The media type of a file that a browser shows as `open_image` gives it."""
+    size, header = file.size(0), file.header
     as_it_is = header.mode in SHOWN_MODES and file.orientation == 1 and getattr(header, "n_frames", 1) == 1
+    as_it_is &= header.size == size and COLOURS.isdisjoint(header.info)
     return SHOWN.get(header.format or "") if as_it_is else None

@@ -70,6 +70,7 @@ CONTROL = Kind("texts that look like control tokens", fatal=False)
 OUTSIDE = Kind("images outside of their folder", fatal=False)
 SMALL = Kind("pages too small to read", fatal=False)
 SHRUNK = Kind("pages that lose small print", fatal=False)
+DENSITY = Kind("pages whose pixels are not square", fatal=False)
 DUPLICATE = Kind("duplicate records", fatal=False)
 SAME_ID = Kind("ids used twice", fatal=False)
 LEAK = Kind("rows of --eval that training has seen", fatal=False)
@@ -91,11 +92,12 @@ class Source(NamedTuple):
 
 
 class Page(NamedTuple):
-    """An image of a row: 64 bits of its fingerprint, and its size in pixels."""
+    """An image of a row: 64 bits of its fingerprint, its size in pixels, and what is unusual about their shape."""
 
     key: int
     width: int
     height: int
+    density: str | None = None
 
 
 class Tokens(NamedTuple):
@@ -212,6 +214,8 @@ class RowChecker:
         size = f"image {name[:200]} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
             problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution"))
+        if page.density:
+            problems.append(Problem(DENSITY, f"image {name[:200]} of {page.density}"))
         if self.fitter:
             try:
                 self.fitter.grid(page.width, page.height)
@@ -225,8 +229,8 @@ class RowChecker:
     def _open_page(self, reference: str) -> Page | str:
         """The page, opened and decoded as train does; or why that cannot be done."""
         try:
-            open_image(reference, self.fitter)
-            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter))
+            density = open_image(reference, self.fitter).info.get("density")
+            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter), density)
         except ValueError as error:
             return str(error)
         except OSError as error:
