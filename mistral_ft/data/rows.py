@@ -213,6 +213,14 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}"
 
 
+def look_up(row: JsonObject, field: str) -> Json:
+    """A field's value, a.b for nested ones unless the row has a field of just that name; None if there is none."""
+    value: Json = row
+    for name in [field] if field in row else field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def kind_of(value: Json) -> str:
     """What a JSON value is, in words."""
     names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}

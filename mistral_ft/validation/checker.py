@@ -168,12 +168,11 @@ class RowChecker:
             return Checked([Problem(LINE, "nested too deeply to be read")])
 
     def _check_record(self, record: Record, source: Source) -> Checked:
-        data, messages, expected = record.data, record.conversation, record.expected
+        data, messages = record.data, record.conversation
         problems = _check_texts([*messages, {"content": record.text}])
-        answer_is_object = None
-        if expected is not None:
-            answer_is_object, found = _check_answer(expected)
-            problems += found
+        of_answers = [_check_answer(answer, number) for number, answer in enumerate(record.answers, 1)]
+        problems += [problem for _, found in of_answers for problem in found]
+        answer_is_object = of_answers[0][0] if of_answers else None
 
         pages, grids = [], []
         names = image_blocks(messages)
@@ -272,16 +271,18 @@ def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
     return [Problem(CONTROL, f"{', '.join(found)} in a text is learned letter by letter; {remedy}")]
 
 
-def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
-    """Whether an answer is a JSON object, and what is wrong with it."""
-    if not expected.strip():
-        return False, [Problem(EMPTY_ANSWER, "`expected` is empty: the model learns to say nothing")]
-    if not expected.lstrip().startswith("{"):
+def _check_answer(answer: str, number: int) -> tuple[bool, list[Problem]]:
+    """Whether a right answer, the first of which is learned, is a JSON object, and what is wrong with it."""
+    name = "`expected`" if number == 1 else f"answer {number} in `expected`"
+    if not answer.strip():
+        then = "the model learns to say nothing" if number == 1 else "saying nothing counts as right"
+        return False, [Problem(EMPTY_ANSWER, f"{name} is empty: {then}")]
+    if not answer.lstrip().startswith("{"):
         return False, []
     try:
-        return isinstance(json.loads(expected), dict), []
+        return isinstance(json.loads(answer), dict), []
     except (ValueError, RecursionError) as error:
-        return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
+        return False, [Problem(BROKEN_JSON, f"{name} starts like a JSON object and is none: {error}")]
 
 
 def _key(value: Json) -> int:
