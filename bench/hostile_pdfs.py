@@ -11,11 +11,11 @@ import argparse
 import collections
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -236,7 +236,8 @@ def write_rows(folder: Path, count: int) -> Path:
     (folder / "good.pdf").write_bytes(good(0))
     rows = folder / "rows.jsonl"
     with open(rows, "w") as file:
-        for number, (k, kind) in enumerate(itertools.islice(itertools.product(itertools.count(), KINDS), count)):
+        for number in range(count):
+            k, kind = number // len(KINDS), KINDS[number % len(KINDS)]
             name = f"{kind.__name__}-{k}.pdf"
             (folder / name).write_bytes(kind(k))
             for page in ("good.pdf", f"{name}#page=1"):
@@ -244,6 +245,14 @@ def write_rows(folder: Path, count: int) -> Path:
                 row = {"messages": [{"role": "user", "content": content}], "expected": "A", "id": f"{page} {number}"}
                 file.write(json.dumps(row) + "\n")
     return rows
+
+
+def small_pages(folder: Path) -> Path:
+    """The embedded base, which sees pages of at most 280 px: reading answers from large ones takes a CPU seconds."""
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    settings = folder / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"size": {"longest_edge": 280}}))
+    return folder
 
 
 def family(pid: int) -> list[int]:
@@ -359,7 +368,8 @@ def main() -> None:
     args = parse_arguments()
     rows = write_rows(args.folder, args.count)
     seconds = ["--pdf_seconds", args.pdf_seconds]
-    run("validate", "validate_data", rows, "--model_id", TINY, *seconds)
+    model = small_pages(args.folder / "model")
+    run("validate", "validate_data", rows, "--model_id", model, *seconds)
     run(
         "predict",
         "predict",
