@@ -4,7 +4,9 @@ They go, in order, to the places that the user's messages keep for them: `<image
 an image. Where there are none, they are shown before the first question, as TRL and LLaVA do it.
 """
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 from mistral_ft.data.conversation import Message
@@ -12,6 +14,8 @@ from mistral_ft.files import Json, JsonObject
 
 IMAGE_COLUMNS = ("image", "images")
 TAG = "<image>"
+BOXES = re.compile("<bbox>|<ref-object>")  # where ms-swift writes an object of the row
+CALLS, RESULTS = ("tool_call", "function_call"), ("tool_response", "observation")  # roles, elsewhere
 
 
 # Set where `<image>` in a text is text: what each process of a step reads.
@@ -28,6 +32,12 @@ def check_tag(text: str) -> None:
     """Raises ValueError if a question says `<image>`, which would be learned letter by letter."""
     if TAG in text and KEEP_TAG not in os.environ:
         raise ValueError(f"the text says {TAG}, and the row has no image for it; if it is text, give --keep_image_tag")
+
+
+def check_boxes(text: str) -> None:
+    """Raises ValueError if a text has a place for ms-swift's boxes, which would be learned letter by letter."""
+    if (found := BOXES.search(text)) and KEEP_TAG not in os.environ:
+        raise ValueError(f"the text says {found[0]}: write what it stands for; if it is text, give --keep_image_tag")
 
 
 def images_of(row: JsonObject, names: Sequence[str] = IMAGE_COLUMNS) -> list[str]:
@@ -61,7 +71,11 @@ def tidy(messages: list[Message]) -> list[Message]:
     """Messages as other libraries write them in this one's shape; what stays as it is is not copied.
 
     What is null is left out: tables have every key in every message and block. (Arguments of tools keep theirs.) Images
-    are named by `image`, whether they stood there, under `path` or `url`, or in `images` of the message.
+    are named by `image`, whether they stood there, under `path` or `url`, or in `images` of the message. Calls that are
+    messages of their own with JSON as text become `tool_calls`, results of them messages of role `tool`.
+
+    Raises:
+        ValueError: if that cannot be done, in one line.
     """
     return [_tidy_message(message) if isinstance(message, dict) else message for message in messages]
 
@@ -72,10 +86,26 @@ def _tidy_message(message: Message) -> Message:
         message["content"] = [_tidy_block(b) if isinstance(b, dict) else b for b in message["content"]]
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [without_nulls(c) if isinstance(c, dict) else c for c in message["tool_calls"]]
+    if message.get("role") in RESULTS:
+        message["role"] = "tool"
+    if message.get("role") in CALLS:
+        message |= {"role": "assistant", "content": "", "tool_calls": _calls(message.get("content"))}
     if message.get("role") == "user" and (images := images_of(message)):
         rest = {name: value for name, value in message.items() if name not in IMAGE_COLUMNS}
         return place_images([rest], images)[0]
     return message
+
+
+def _calls(content: Json) -> list[JsonObject]:
+    """Tool calls that stand in a message as text."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise ValueError(f'a tool call must be JSON as {{"name": …, "arguments": …}}, not {str(content)[:80]}')
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _tidy_block(block: JsonObject) -> JsonObject:
@@ -112,6 +142,9 @@ def place_images(messages: list[Message], images: Sequence[str]) -> list[Message
     places = len(shown) - len(named)
     left = [image for image in images if image not in named]
     if not places and not named:
+        others = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") in ("assistant", "tool")]
+        if TAG in str(others) and KEEP_TAG not in os.environ:
+            raise ValueError(f"{TAG} stands in another's message, not in the user's; move it into the question")
         first = messages[asked[0]].get("content")
         text: list[Json] = first if isinstance(first, list) else [{"type": "text", "text": first}] if first else []
         blocks = {asked[0]: [*({"type": "image", "image": image} for image in images), *text]}

@@ -3,7 +3,7 @@
 | source                                    | rows                                                          |
 |-------------------------------------------|---------------------------------------------------------------|
 | a.jsonl                                   | its lines, numbered from 1                                    |
-| a.json                                    | the values of the one JSON array that it is                   |
+| a.json                                    | the values of the one JSON array that it is, or of its `data`  |
 | a.parquet, a.csv, a.tsv, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it |
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
@@ -59,7 +60,7 @@ class RowSource:
 
             return len(open_table(str(self.path)))
         with open_file(self.path) as file:
-            if _is_array(file):
+            if _is_whole(file):
                 self._array = _load_array(Path(self.path))
                 return len(self._array)
             count, block = 0, b""
@@ -75,7 +76,7 @@ class RowSource:
             yield from read_table(str(self.path), self.images_dir)
             return
         with open_file(self.path) as file:
-            if _is_array(file):
+            if _is_whole(file):
                 array, self._array = self._array, None  # it takes memory no longer than it is read
                 array = _load_array(Path(self.path)) if array is None else array
                 yield from enumerate(map(_to_json, array), 1)
@@ -101,24 +102,35 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     """Open a data file to read its lines as bytes.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or it is one of another kind.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if reason := what_else(file.read(HEAD), path, rows=not is_table(path)):
+            raise UserError(f"{path}: {reason}")
     return open(path, "rb")
 
 
-def _is_array(file: BinaryIO) -> bool:
-    """Whether a file is one JSON array, by its first character; a byte order mark and blank lines aside.
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a file is one JSON array, by its first character, or in a .json file one object with rows in `data`; a
+    byte order mark and blank lines aside.
 
     A "[" that is closed on its own line begins a JSONL file whose first row is wrong.
     """
     first = next(filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)), b"")
     second = next(filter(None, map(bytes.strip, file)), b"")
     file.seek(0)
+    if first.startswith(b"{") and str(file.name).endswith(".json") and not (first.endswith(b"}") and second):
+        whole = file.read()
+        file.seek(0)
+        try:
+            return isinstance(json.loads(whole).get("data"), list)
+        except (ValueError, RecursionError):
+            return False
     return first.startswith(b"[") and not (first.endswith(b"]") and second)
 
 
@@ -126,9 +138,11 @@ def _load_array(path: Path) -> list[Json]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+        reason = f"not UTF-8 text: {error.reason} at byte {error.start + 1}"
+        raise UserError(f"{path}: {reason}; {to_utf8(path)}") from None
     try:
-        return json.loads(text, parse_constant=_nothing)
+        rows = json.loads(text, parse_constant=_nothing)
+        return rows["data"] if isinstance(rows, dict) else rows
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
@@ -176,9 +190,8 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
-        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+        reason = f"not UTF-8 text: {error.reason} at byte {error.start + 1}"
+        raise ValueError(f"{reason}; {to_utf8('IN.jsonl')}") from None
     except json.JSONDecodeError as error:
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
@@ -192,6 +205,19 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
     return data
 
 
+def repeated_key(raw: bytes) -> str | None:
+    """A key that stands twice in one object of a line that is JSON; what the first says would be lost."""
+    found: list[str] = []
+
+    def read(pairs: list[tuple[str, Json]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            names = [key for key, _ in pairs]
+            found.extend(name for name in names if names.count(name) > 1)
+
+    json.loads(raw, object_pairs_hook=read)
+    return min(found, default=None)
+
+
 def _explain(text: str, error: json.JSONDecodeError) -> str:
     """One line about broken JSON that says what to mend, where the usual cause can be told."""
 
@@ -200,6 +226,8 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         column = f"column {position - text.rfind(chr(10), 0, position)}"
         return f"line {line + 1}, {column}" if "\n" in text.strip() else column
 
+    if "\0" in text:
+        return f"a NUL byte at {place(text.index(chr(0)))}: a download or copy that broke off; fetch the file again"
     if text.strip() in ("[", "{"):
         return "not one JSON object per line: write each record on a line of its own, with no list around them"
     if text.startswith(("//", "/*", "#"), error.pos):

@@ -21,6 +21,7 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 
+from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
 from mistral_ft.data.references import IN_TABLE
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json
@@ -41,6 +42,11 @@ def open_table(source: str) -> datasets.Dataset:
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        if reason := what_else(head, path, rows=not path.endswith(".parquet")):
+            raise UserError(f"{source}: {reason}")
     try:
         if Path(path).is_file():
             read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.Dataset.from_csv
@@ -53,7 +59,8 @@ def open_table(source: str) -> datasets.Dataset:
         reason = (str(error) or repr(error)).splitlines()[0][:300]
         if not Path(path).exists():
             raise UserError(f"{source}: no such file or folder, and no data set of the hub: {reason}") from None
-        raise UserError(f"{source}: cannot be read as a table: {reason}") from None
+        no_utf8 = f"; {to_utf8(path)}" if "'utf-8' codec" in reason else ""
+        raise UserError(f"{source}: cannot be read as a table: {reason}{no_utf8}") from None
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))
         if split not in found:

@@ -36,7 +36,7 @@ from mistral_ft.data.prompt.token_view import mark_learned
 from mistral_ft.data.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.data.references import is_data_url, resolve, split_page
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, parse_line
+from mistral_ft.data.rows import RowSource, parse_line, repeated_key
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
@@ -66,6 +66,7 @@ LONG_ANSWER = Kind("very long answers", fatal=False)
 ROUND_TRIP = Kind("answers that the tokenizer does not give back", fatal=False)
 BROKEN_JSON = Kind("answers that are broken JSON", fatal=False)
 MIXED = Kind("answers of mixed formats", fatal=False)
+REPEATED = Kind("keys that stand twice in an object", fatal=False)
 CONTROL = Kind("texts that look like control tokens", fatal=False)
 OUTSIDE = Kind("images outside of their folder", fatal=False)
 SMALL = Kind("pages too small to read", fatal=False)
@@ -159,11 +160,15 @@ class RowChecker:
         except ValueError as error:
             return Checked([Problem(RECORD, f"{error}{how_to_convert(source.path, data)}")])
         try:
-            return self._check_record(Record(source.path, line, data, source.images_dir), source)
+            found = self._check_record(Record(source.path, line, data, source.images_dir), source)
         except ValueError as error:
             return Checked([Problem(RECORD, str(error))])
         except RecursionError:  # deep enough to be read, too deep to be written
             return Checked([Problem(LINE, "nested too deeply to be read")])
+        if key := repeated_key(raw.removeprefix(b"\xef\xbb\xbf")):
+            text = f"`{key}` stands twice in an object, and only the last is read; remove one"
+            return found._replace(problems=[*found.problems, Problem(REPEATED, text)])
+        return found
 
     def _check_record(self, record: Record, source: Source) -> Checked:
         data, messages, expected = record.data, record.conversation, record.expected

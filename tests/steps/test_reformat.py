@@ -208,12 +208,14 @@ FAULTS = {
     "unknown speaker": (
         "sharegpt",
         {"conversations": turns(("bing", "Q"))},
-        "turn 1: unknown `from` 'bing'; expected human, user, gpt, assistant, system",
+        "turn 1: unknown `from` 'bing'; expected human, user, gpt, assistant, system, tool, function_call, "
+        "observation, tool_call, tool_response",
     ),
     "speaker of a wrong type": (
         "sharegpt",
         {"conversations": turns(([], "Q"))},
-        "turn 1: unknown `from` []; expected human, user, gpt, assistant, system",
+        "turn 1: unknown `from` []; expected human, user, gpt, assistant, system, tool, function_call, "
+        "observation, tool_call, tool_response",
     ),
     "question last": (
         "sharegpt",
@@ -255,8 +257,8 @@ FAULTS = {
     "no columns": (
         "columns",
         {"q": "Q"},
-        "has none of prompt/response, prompt/completion, question/answer; name the columns: --map prompt=COLUMN "
-        "--map answer=COLUMN",
+        "has none of prompt/response, prompt/completion, question/answer, query/response, question/answers; name the "
+        "columns: --map prompt=COLUMN --map answer=COLUMN",
     ),
     "open turn": ("inst", {"text": "<s>[INST] Q"}, "`text` is no chain of [INST] question [/INST] answer</s>"),
     "turn within a turn": (
