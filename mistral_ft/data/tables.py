@@ -10,6 +10,7 @@ import datetime
 import glob
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def open_table(source: str) -> datasets.Dataset:
         UserError: if it cannot be read, in one line.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here
     huggingface_hub.utils.logging.set_verbosity_error()
     path, split = source, None
     if not Path(source).exists() and ":" in source:
@@ -59,8 +60,9 @@ def open_table(source: str) -> datasets.Dataset:
         reason = (str(error) or repr(error)).splitlines()[0][:300]
         if not Path(path).exists():
             raise UserError(f"{source}: no such file or folder, and no data set of the hub: {reason}") from None
-        no_utf8 = f"; {to_utf8(path)}" if "'utf-8' codec" in reason else ""
-        raise UserError(f"{source}: cannot be read as a table: {reason}{no_utf8}") from None
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(f"{source}: not UTF-8 text; {to_utf8(path)}") from None
+        raise UserError(f"{source}: cannot be read as a table: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))
         if split not in found:

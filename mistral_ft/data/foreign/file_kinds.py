@@ -2,16 +2,15 @@
 
 import os
 import shlex
-from pathlib import Path
 
 HEAD = 512  # bytes of a file that tell its kind
 # How files begin that hold neither rows nor an image.
 _KINDS = {
     b"version https://git-lfs.github.com/spec/": "is a git-LFS pointer, not the file itself: run git lfs pull",
-    b"\x1f\x8b": "is compressed: gunzip -k {path}",
-    b"\x28\xb5\x2f\xfd": "is compressed: zstd -d {path}",
-    b"BZh": "is compressed: bunzip2 -k {path}",
-    b"\xfd7zXZ\x00": "is compressed: unxz -k {path}",
+    b"\x1f\x8b": "is compressed: gunzip -c {path} > {unpacked}",
+    b"\x28\xb5\x2f\xfd": "is compressed: zstd -dc {path} > {unpacked}",
+    b"BZh": "is compressed: bunzip2 -c {path} > {unpacked}",
+    b"\xfd7zXZ\x00": "is compressed: unxz -c {path} > {unpacked}",
     b"PK\x03\x04": "is a zip archive: unzip {path} (if it is an Excel file, save it as CSV)",
 }
 _NO_ROWS = {
@@ -20,6 +19,7 @@ _NO_ROWS = {
     b"\x89PNG": "is an image; rows of a JSONL file name it",
     b"\xff\xd8\xff": "is an image; rows of a JSONL file name it",
 }
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _WEB_PAGE = (b"<!doctype html", b"<html", b"<?xml")
 # Byte order marks, the longer ones first; without one, where the zero bytes of ASCII characters are.
 _MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -39,7 +39,9 @@ def what_else(head: bytes, path: str | os.PathLike, rows: bool = True) -> str | 
         return "is a web page, not the file itself: download that (on Hugging Face by /resolve/ instead of /blob/)"
     kinds = _KINDS | (_NO_ROWS if rows else {})
     if found := next((text for start, text in kinds.items() if head.startswith(start)), None):
-        return found.format(path=name, stem=shlex.quote(str(Path(path).with_suffix(""))))
+        stem, suffix = os.path.splitext(path)
+        unpacked = stem if suffix in _PACKED else f"{stem}-unpacked{suffix}"
+        return found.format(path=name, stem=shlex.quote(stem), unpacked=shlex.quote(unpacked))
     if rows and (encoding := _encoding(head)):
         return f"is {encoding} text, not UTF-8: iconv -f {encoding} -t UTF-8 {name} > {shlex.quote(_beside(path))}"
     return None
@@ -52,7 +54,7 @@ def to_utf8(path: str | os.PathLike) -> str:
 
 
 def _beside(path: str | os.PathLike) -> str:
-    return f"{Path(path).stem}-utf8{Path(path).suffix}"
+    return "-utf8".join(os.path.splitext(path))
 
 
 def _encoding(head: bytes) -> str | None:
