@@ -82,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} takes NAME=VALUE")
         setattr(args, name, [(field, value) for field, _, value in pairs])
     args.columns = dict(args.map) or None
+    if len(args.columns or {}) < len(args.map):
+        parser.error("--map takes each part once")
     if args.format in ANNOTATIONS:
         if args.columns or not args.question:
             parser.error(f"--format {args.format} needs --question, and takes no --map")

@@ -164,7 +164,11 @@ def _native(row: JsonObject) -> Conversation:
 
 
 def _messages(row: JsonObject) -> list[Message]:
-    return tidy([_from_parts(message) for message in _list(row, "messages")])
+    """A row's messages, the developer's role under its older name."""
+    messages = _list(row, "messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("a message must be an object with `role` and `content`")
+    return tidy([m | {"role": "system"} if m.get("role") == "developer" else m for m in messages])
 
 
 def _alpaca(row: JsonObject) -> Conversation:
@@ -215,22 +219,6 @@ def _conversations(row: JsonObject) -> Conversation:
 def _openai(row: JsonObject) -> Conversation:
     messages = place_images(_messages(row), images_of(row))
     return Conversation(*_answered(messages), {"messages", *IMAGE_COLUMNS})
-
-
-def _from_parts(message: Json) -> Message:
-    """A chat message with image_url parts as image blocks, and the developer's role under its older name."""
-    if not isinstance(message, dict):
-        raise ValueError("a message must be an object with `role` and `content`")
-    message = message | ({"role": "system"} if message.get("role") == "developer" else {})
-    if not isinstance(message.get("content"), list):
-        return message
-    blocks = []
-    for part in message["content"]:
-        if isinstance(part, dict) and part.get("type") == "image_url":
-            url = part.get("image_url")
-            part = {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
-        blocks.append(part)
-    return message | {"content": blocks}
 
 
 def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:

@@ -149,8 +149,9 @@ def _no_image(name: str) -> str:
     """Why a file is none that Pillow or PDFium reads."""
     with bytes_of(name) as file:
         head = file.read(HEAD)
-    unknown = "cannot be opened: no PDF, and no image format that Pillow knows"
-    return (what_else(head, name, rows=False) or unknown) if head else "is empty: it has 0 bytes"
+    if found := what_else(head, name, rows=False):
+        return found
+    return f"cannot be opened: no PDF, and no image format that Pillow knows{'' if head else ': it is empty, 0 bytes'}"
 
 
 def bytes_of(name: str) -> IO[bytes]:
@@ -163,7 +164,7 @@ def bytes_of(name: str) -> IO[bytes]:
         return open_image_bytes(name)
     name = real_path(name)
     if os.path.isdir(name):
-        raise ValueError("it is a folder; name an image in it")
+        raise ValueError("it is no file but a folder; name an image in it")
     if os.path.exists(name) and not os.path.isfile(name):
         raise ValueError("it is no file")  # but a pipe, say, that would be waited for
     # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.

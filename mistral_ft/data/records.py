@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
+from mistral_ft.data.foreign.unread import refuse_unread
 from mistral_ft.data.formats import DIRECT, as_record, possible_formats
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.row_images import IMAGE_COLUMNS, check_boxes, check_tag
@@ -169,8 +170,15 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
 
 def how_to_convert(path: Path, data: JsonObject) -> str:
     """What to add to the reason why a row is no record: the command, if it is one that other toolkits write."""
-    form = next(iter(possible_formats(data)), "native")
-    if form == "native" or form in DIRECT:
+    form = next(iter(possible_formats(data)), None)
+    try:
+        refuse_unread(data)
+    except ValueError:  # which no conversion mends
+        return ""
+    if form is None and "messages" not in data and data:
+        maps = " ".join(f"--map {part}=COLUMN" for part in ("prompt", "answer", "image"))
+        return f"; or name its columns: python -m reformat_data IN OUT {maps}"
+    if form in (None, "native", *DIRECT):
         return ""
     command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"
     return f"; this looks like a row of format {form}, which becomes a record by: {command}"

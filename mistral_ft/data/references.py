@@ -43,6 +43,8 @@ def check_reference(reference: str) -> None:
     kind = reference[:6].partition(":")[0].lower() if ":" in reference[:6] else ""
     if kind in ("http", "https"):
         raise ValueError(f"`image` is on the web: download it (wget {reference[:200]}) and write the file's path")
+    if kind != "file" and re.match(r"\w+://", reference):
+        raise ValueError(f"`image` is no file but an address, {reference[:200]}: download it and write the file's path")
     if kind == "file":
         path = unquote(urlsplit(reference).path)[:200]
         raise ValueError(f"`image` is a file: URL: write the path itself, {path} (reformat_data does so)")

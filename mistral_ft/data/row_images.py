@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from mistral_ft.data.conversation import Message
+from mistral_ft.data.conversation import Message, parsed
 from mistral_ft.files import Json, JsonObject
 
 IMAGE_COLUMNS = ("image", "images")
@@ -53,6 +53,8 @@ def images_of(row: JsonObject, names: Sequence[str] = IMAGE_COLUMNS) -> list[str
 
 
 def _listed(value: Json) -> list[Json]:
+    if isinstance(value, str) and value.startswith("["):  # a list, as CSV has it
+        value = parsed(value)
     return value if isinstance(value, list) else [value]
 
 
@@ -61,7 +63,8 @@ def reference_of(value: Json) -> str:
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             raise ValueError("an image's bytes cannot stand in JSON: write its path, or a data: URL")
-        value = next((value[name] for name in ("path", "url") if value.get(name)), None)
+        value = next((value[name] for name in ("path", "url", "image_url") if value.get(name)), None)
+        value = value.get("url") if isinstance(value, dict) else value  # OpenAI's {"image_url": {"url": …}}
     if not isinstance(value, str) or not value:
         raise ValueError("an image must be a path, or a data: or file: URL")
     return value
@@ -110,13 +113,13 @@ def _calls(content: Json) -> list[JsonObject]:
 
 def _tidy_block(block: JsonObject) -> JsonObject:
     block = without_nulls(block)
-    if block.get("type") != "image":
+    if block.get("type") not in ("image", "image_url"):
         return block
     if isinstance(block.get("image"), dict):
         return block | {"image": reference_of(block["image"])}
-    if "image" not in block and (names := {"path", "url"} & block.keys()):
+    if "image" not in block and (names := {"path", "url", "image_url"} & block.keys()):
         rest = {name: value for name, value in block.items() if name not in names}
-        return rest | {"image": reference_of({name: block[name] for name in names})}
+        return rest | {"type": "image", "image": reference_of({name: block[name] for name in names})}
     return block
 
 

@@ -128,9 +128,10 @@ def _is_whole(file: BinaryIO) -> bool:
         whole = file.read()
         file.seek(0)
         try:
-            return isinstance(json.loads(whole).get("data"), list)
+            found = json.loads(whole)
         except (ValueError, RecursionError):
             return False
+        return isinstance(found.get("data"), list) and not {"messages", "text"} & found.keys()
     return first.startswith(b"[") and not (first.endswith(b"]") and second)
 
 
@@ -165,7 +166,7 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
     """
     for number, raw in source:
         try:
-            data = parse_line(raw, first=number == 1)
+            data = parse_line(raw, first=number == 1, path=source.path)
         except ValueError as error:
             errors.append(RecordError(source.path, number, str(error)))
         else:
@@ -173,11 +174,12 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
                 yield number, data
 
 
-def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
+def parse_line(raw: bytes, first: bool = False, path: str | os.PathLike = "") -> JsonObject | None:
     """The JSON object of one line of a JSONL file, or None if the line is blank.
 
     Args:
         first: whether it is the file's first line, which may start with a byte order mark.
+        path: the file, for the command that mends it.
 
     Raises:
         ValueError: what is wrong, in one line, without the place.
@@ -190,8 +192,10 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text: {error.reason} at byte {error.start + 1}"
-        raise ValueError(f"{reason}; {to_utf8('IN.jsonl')}") from None
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
+        hint = f"; {to_utf8(path)}" if path else ""
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}{hint}") from None
     except json.JSONDecodeError as error:
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
@@ -226,8 +230,6 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         column = f"column {position - text.rfind(chr(10), 0, position)}"
         return f"line {line + 1}, {column}" if "\n" in text.strip() else column
 
-    if "\0" in text:
-        return f"a NUL byte at {place(text.index(chr(0)))}: a download or copy that broke off; fetch the file again"
     if text.strip() in ("[", "{"):
         return "not one JSON object per line: write each record on a line of its own, with no list around them"
     if text.startswith(("//", "/*", "#"), error.pos):
@@ -238,7 +240,10 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
             return f"trailing comma at {place(comma.start())}: JSON allows none, remove it"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
         return f"the line ends in the middle of the record ({place(len(text.rstrip()) - 1)}): is the file cut off?"
-    return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}"
+    zeros = (
+        "; NUL bytes are what a download or copy leaves that broke off: fetch the file again" if "\0" in text else ""
+    )
+    return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}{zeros}"
 
 
 def kind_of(value: Json) -> str:

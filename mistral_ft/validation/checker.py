@@ -149,7 +149,7 @@ class RowChecker:
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
         try:
-            data = parse_line(raw, first=line == 1)
+            data = parse_line(raw, first=line == 1, path=source.path)
         except ValueError as error:
             return Checked([Problem(LINE, str(error))])
         if data is None:

@@ -11,23 +11,23 @@ from urllib.parse import unquote
 
 from mistral_ft.data.conversation import to_json
 from mistral_ft.data.foreign.file_kinds import to_utf8
+from mistral_ft.data.rows import RowSource
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json, JsonObject
 
 
-class JsonFolder:
+class JsonFolder(RowSource):
     """The JSON files of a folder (.json, or .txt as SROIE has them) as rows: {"file", "stem", "json": what it holds}.
 
     Iterated over, it gives (number from 1, JSON) as `rows.RowSource` does; UserError names a file that is no JSON.
     """
 
     def __init__(self, folder: Path):
-        self.path = folder
+        super().__init__(folder, folder.parent)
         self._files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
         if not self._files:
-            raise UserError(
-                f"{folder}: is a folder without a .json file in it; expected a file of rows, or one per page"
-            )
+            rows = next((path for kind in ("*.jsonl", "*.csv") for path in sorted(folder.glob(kind))), "a file of rows")
+            raise UserError(f"{folder}: is a folder without a .json file for each page in it; give {rows}")
 
     def count(self) -> int:
         return len(self._files)

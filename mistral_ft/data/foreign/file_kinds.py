@@ -33,7 +33,7 @@ def what_else(head: bytes, path: str | os.PathLike, rows: bool = True) -> str | 
         rows: whether it should hold rows of text, and not an image.
     """
     name = shlex.quote(str(path))
-    if head and not head.strip(b"\0"):
+    if len(head) > 16 and not head.strip(b"\0"):
         return "begins with nothing but NUL bytes: a download or copy that broke off; fetch it again"
     if head.lstrip().lower().startswith(_WEB_PAGE):
         return "is a web page, not the file itself: download that (on Hugging Face by /resolve/ instead of /blob/)"
@@ -61,5 +61,5 @@ def _encoding(head: bytes) -> str | None:
     if marked := next((name for mark, name in _MARKS.items() if head.startswith(mark)), None):
         return marked
     zeros = [head[place::4].count(0) * 8 > len(head) for place in range(4)]  # at least half of every fourth byte
-    kinds = {(0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE", (0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE"}
-    return kinds.get(tuple(map(int, zeros)))  # type: ignore[call-overload]
+    kinds = {"0111": "UTF-32LE", "1110": "UTF-32BE", "0101": "UTF-16LE", "1010": "UTF-16BE"}
+    return kinds.get("".join(str(int(most)) for most in zeros))

@@ -14,6 +14,7 @@ UNREAD = {
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 # Beside a question, the name of a field says that it is a page; beside a text only what it holds.
 PAGE_NAME = re.compile(r"ima?ge?s?(_?(id|name|path|file|url)s?)?|page_ids", re.IGNORECASE)
+SECOND_PAGE = re.compile(r"ima?ge?_?\d+", re.IGNORECASE)
 PAGE_FILE = re.compile(r"\S.*(\.(png|jpe?g|tiff?|webp|bmp|gif)|\.pdf#page=[\d-]+)", re.IGNORECASE)
 
 
@@ -25,10 +26,12 @@ def refuse_unread(row: JsonObject) -> None:
             raise ValueError(f"has {what} (`{name}`), which models here do not see; remove it if the rest is whole")
     if row.get("expected") is not None:  # a record, whose other fields are the user's
         return
-    if name := next((n for n in PREFERENCES if isinstance(row.get(n), str | list) and row[n]), None):
-        raise ValueError(f"has `{name}`: rows of preferences are not learned here; keep the better answer alone")
+    if worse := next((n for n in PREFERENCES if isinstance(row.get(n), str | list) and row[n]), None):
+        raise ValueError(f"has `{worse}`: rows of preferences are not learned here; keep the better answer alone")
     if wrong := next((name for name in ("label", "kto_tag") if row.get(name) is False), None):
         raise ValueError(f"`{wrong}` is false, so its answer is a bad one (KTO); remove it, or rename a field of yours")
+    if "messages" in row and isinstance(row.get("system"), str) and row["system"]:
+        raise ValueError("`system` beside `messages` would not be shown: make it their first message, of role system")
     turns = next((row[name] for name in ("messages", "conversations", "instruction") if row.get(name)), "")
     page = next((name for name, value in row.items() if PAGE_NAME.fullmatch(name) and _is_page("", value)), None)
     blocks = isinstance(turns, list) and any(isinstance(t, dict) and isinstance(t.get("content"), list) for t in turns)
@@ -45,15 +48,21 @@ def refuse_pages(row: JsonObject, columns: dict[str, str]) -> None:
         raise ValueError(
             f"`context` would not be shown; put it into the question: python -m reformat_data IN OUT {maps}"
         )
-    shown = "prompt" in columns and any(row.get(name) for name in IMAGE_COLUMNS)
-    rest = {
-        name: value for name, value in rest.items() if not shown or (_holds_page(value) and name not in IMAGE_COLUMNS)
-    }
-    column = next((n for n, value in rest.items() if _is_page(n if "prompt" in columns else "", value)), None)
+    asked = "prompt" in columns
+    if asked and (first := next((name for name in IMAGE_COLUMNS if row.get(name)), None)):
+        second = {n: v for n, v in rest.items() if _holds_page(v) or (SECOND_PAGE.fullmatch(n) and _is_page("", v))}
+        if column := next((name for name in second if name not in IMAGE_COLUMNS), None):
+            maps = " ".join(f"--map {part}={name}" for part, name in columns.items())
+            raise ValueError(
+                f"`{column}` looks like a page beside `{first}`: put all of them into a list, `images`; if it is none: "
+                f"python -m reformat_data IN OUT {maps}"
+            )
+        return
+    column = next((n for n, v in rest.items() if (v and n in IMAGE_COLUMNS) or _is_page(n if asked else "", v)), None)
     if column is None:
         return
     maps = " ".join(f"--map {part}={name}" for part, name in (columns | {"image": column}).items())
-    if "prompt" in columns:
+    if asked:
         raise ValueError(
             f"`{column}` looks like a page, and nobody would see it: python -m reformat_data IN OUT {maps} (leave out "
             "the last --map if it is none)"

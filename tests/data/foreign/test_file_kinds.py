@@ -88,7 +88,7 @@ def test_lines_of_windows_and_zeros_at_the_end_are_named(tmp_path):
     with pytest.raises(UserError, match="^a.jsonl:2: not UTF-8 text: .* if Windows wrote it: iconv -f WINDOWS-1252 -t"):
         read_records(["a.jsonl"])
     (tmp_path / "a.jsonl").write_bytes(ROW.encode() + bytes(50))
-    with pytest.raises(UserError, match="^a.jsonl:2: a NUL byte at column 1: a download or copy that broke off"):
+    with pytest.raises(UserError, match="^a.jsonl:2: not JSON: Expecting value at column 1; NUL bytes are what a"):
         read_records(["a.jsonl"])
 
 
@@ -100,7 +100,7 @@ def test_an_array_is_read_under_any_name(tmp_path):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "image a.png is empty: it has 0 bytes"),
+        (b"", "image a.png cannot be opened: no PDF, and no image format that Pillow knows: it is empty, 0 bytes"),
         (POINTER, "image a.png is a git-LFS pointer, not the file itself: run git lfs pull"),
         (WEB_PAGE, "image a.png is a web page, not the file itself: download that"),
         (bytes(500), f"image a.png {BROKEN_OFF}"),
@@ -117,7 +117,9 @@ def test_what_is_no_image_says_what_it_is(tmp_path, data, reason):
 
 def test_a_folder_is_no_image(tmp_path):
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(ValueError, match="^image a.png cannot be opened: it is a folder; name an image in it$"):
+    with pytest.raises(
+        ValueError, match="^image a.png cannot be opened: it is no file but a folder; name an image in it$"
+    ):
         open_image("a.png")
 
 

@@ -243,4 +243,4 @@ def test_a_file_of_the_folder_that_is_no_json(here, run_cli):
     assert (code, err) == (2, "error: key/a.txt: not JSON: Expecting value: line 1 column 1 (char 0)\n")
     (here / "empty").mkdir()
     code, _, err = run_cli("reformat_data", "empty", "o.jsonl")
-    assert (code, err.startswith("error: empty: is a folder without a .json file in it; ")) == (2, True)
+    assert (code, err.startswith("error: empty: is a folder without a .json file for each page in it; ")) == (2, True)

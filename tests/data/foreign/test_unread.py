@@ -15,6 +15,11 @@ CHAT = {"messages": [says("user", "Q"), says("assistant", "A")]}
 PAIR = {"question": "Q", "answer": "A"}
 SHOWS = "looks like a page, and nobody would see it: "
 
+SECOND = (
+    "looks like a page beside `image`: put all of them into a list, `images`; if it is none: "
+    "python -m reformat_data IN OUT --map prompt=question --map answer=answer"
+)
+
 REFUSED = {
     "videos": (CHAT | {"videos": ["a.mp4"]}, "has videos (`videos`), which models here do not see"),
     "a sound": (PAIR | {"audio": {"path": "a.wav"}}, "has a sound (`audio`), which models here do not see"),
@@ -42,7 +47,12 @@ REFUSED = {
     "a page of a PDF": (PAIR | {"source": "a.pdf#page=3"}, f"`source` {SHOWS}"),
     "a page by its number": (PAIR | {"image_id": 77}, f"`image_id` {SHOWS}"),
     "pages by name": (PAIR | {"page_ids": ["x_p1"]}, f"`page_ids` {SHOWS}"),
-    "a second page": (PAIR | {"image": "a.png", "image_2": "data:image/png;base64,iVBOR"}, f"`image_2` {SHOWS}"),
+    "a second page": (PAIR | {"image": "a.png", "image_2": "data:image/png;base64,iVBOR"}, f"`image_2` {SECOND}"),
+    "a numbered page": (PAIR | {"image": "a.png", "image_1": "b.png"}, f"`image_1` {SECOND}"),
+    "a system message apart": (CHAT | {"system": "S"}, "`system` beside `messages` would not be shown: make it"),
+    "pages by name, and a text": (
+        {"images": ["a"], "text": "T"}, "has `images`, but no question about it; if `text` is what the page says, this"
+    ),
     "a page beside a text": (
         {"file_name": "a.png", "text": "Decree 5"},
         "has `file_name`, but no question about it; if `text` is what the page says, this makes records of it: "
