@@ -7,6 +7,7 @@
 | a.parquet, a.csv, a.tsv, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it |
 """
 
+import functools
 import json
 import os
 import re
@@ -174,12 +175,15 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
                 yield number, data
 
 
-def parse_line(raw: bytes, first: bool = False, path: str | os.PathLike = "") -> JsonObject | None:
+def parse_line(
+    raw: bytes, first: bool = False, path: str | os.PathLike = "", repeated: list[str] | None = None
+) -> JsonObject | None:
     """The JSON object of one line of a JSONL file, or None if the line is blank.
 
     Args:
         first: whether it is the file's first line, which may start with a byte order mark.
         path: the file, for the command that mends it.
+        repeated: where to put keys that stand twice in one object, of which only the last is read; None looks for none.
 
     Raises:
         ValueError: what is wrong, in one line, without the place.
@@ -188,7 +192,8 @@ def parse_line(raw: bytes, first: bool = False, path: str | os.PathLike = "") ->
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text, parse_constant=_nothing)
+        hook = None if repeated is None else functools.partial(_as_object, repeated)
+        data = json.loads(text, parse_constant=_nothing, object_pairs_hook=hook)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
@@ -209,17 +214,12 @@ def parse_line(raw: bytes, first: bool = False, path: str | os.PathLike = "") ->
     return data
 
 
-def repeated_key(raw: bytes) -> str | None:
-    """A key that stands twice in one object of a line that is JSON; what the first says would be lost."""
-    found: list[str] = []
-
-    def read(pairs: list[tuple[str, Json]]) -> None:
-        if len(dict(pairs)) < len(pairs):
-            names = [key for key, _ in pairs]
-            found.extend(name for name in names if names.count(name) > 1)
-
-    json.loads(raw, object_pairs_hook=read)
-    return min(found, default=None)
+def _as_object(repeated: list[str], pairs: list[tuple[str, Json]]) -> JsonObject:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated += [name for name in data if names.count(name) > 1]
+    return data
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:

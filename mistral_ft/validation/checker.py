@@ -36,7 +36,7 @@ from mistral_ft.data.prompt.token_view import mark_learned
 from mistral_ft.data.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.data.references import is_data_url, resolve, split_page
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, parse_line, repeated_key
+from mistral_ft.data.rows import RowSource, parse_line
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
@@ -148,8 +148,9 @@ class RowChecker:
 
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
+        repeated: list[str] = []
         try:
-            data = parse_line(raw, first=line == 1, path=source.path)
+            data = parse_line(raw, line == 1, source.path, repeated)
         except ValueError as error:
             return Checked([Problem(LINE, str(error))])
         if data is None:
@@ -165,8 +166,8 @@ class RowChecker:
             return Checked([Problem(RECORD, str(error))])
         except RecursionError:  # deep enough to be read, too deep to be written
             return Checked([Problem(LINE, "nested too deeply to be read")])
-        if key := repeated_key(raw.removeprefix(b"\xef\xbb\xbf")):
-            text = f"`{key}` stands twice in an object, and only the last is read; remove one"
+        if repeated:
+            text = f"`{repeated[0]}` stands twice in an object, and only the last is read; remove one"
             return found._replace(problems=[*found.problems, Problem(REPEATED, text)])
         return found
 

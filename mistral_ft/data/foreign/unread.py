@@ -20,10 +20,10 @@ PAGE_FILE = re.compile(r"\S.*(\.(png|jpe?g|tiff?|webp|bmp|gif)|\.pdf#page=[\d-]+
 
 def refuse_unread(row: JsonObject) -> None:
     """Raises ValueError if a row has more than is learned here: it would be learned in part."""
-    for name, what in UNREAD.items():
-        boxes = name != "objects" or (isinstance(row.get(name), dict) and {"bbox", "ref"} & row[name].keys())
-        if isinstance(row.get(name), str | list | dict) and row[name] and boxes:
-            raise ValueError(f"has {what} (`{name}`), which models here do not see; remove it if the rest is whole")
+    for name in sorted(row.keys() & UNREAD.keys()):
+        boxes = name != "objects" or (isinstance(row[name], dict) and {"bbox", "ref"} & row[name].keys())
+        if isinstance(row[name], str | list | dict) and row[name] and boxes:
+            raise ValueError(f"has {UNREAD[name]} (`{name}`), which no model here sees; remove it if the rest is whole")
     if row.get("expected") is not None:  # a record, whose other fields are the user's
         return
     if worse := next((n for n in PREFERENCES if isinstance(row.get(n), str | list) and row[n]), None):

@@ -4,7 +4,6 @@ import base64
 import bz2
 import gzip
 import io
-import json
 import lzma
 import unicodedata
 import zipfile
@@ -16,7 +15,7 @@ from PIL import Image
 from mistral_ft.data.pages import fingerprint, open_image
 from mistral_ft.data.records import read_records
 from mistral_ft.data.references import check_reference
-from mistral_ft.data.rows import repeated_key
+from mistral_ft.data.rows import parse_line
 from mistral_ft.data.tables import open_table
 from mistral_ft.errors import UserError
 from tests.conftest import make_page, write_jsonl
@@ -208,5 +207,6 @@ def test_a_key_that_stands_twice_is_a_warning(tmp_path, run_cli):
         "a.jsonl:2: warning: `expected` stands twice in an object, and only the last is read; remove one"
     )
     assert "  warning         1  keys that stand twice in an object" in out
-    assert repeated_key(b'{"a": [{"b": 1, "c": {"d": 1, "d": 2}}], "b": 2}') == "d"
-    assert repeated_key(json.dumps({"a": {"b": 1}, "b": 1}).encode()) is None
+    repeated: list[str] = []
+    assert parse_line(b'{"a": [{"b": 1, "c": {"d": 1, "d": 2}}], "b": 2}', repeated=repeated)["a"][0]["c"] == {"d": 2}
+    assert repeated == ["d"]

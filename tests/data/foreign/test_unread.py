@@ -21,8 +21,8 @@ SECOND = (
 )
 
 REFUSED = {
-    "videos": (CHAT | {"videos": ["a.mp4"]}, "has videos (`videos`), which models here do not see"),
-    "a sound": (PAIR | {"audio": {"path": "a.wav"}}, "has a sound (`audio`), which models here do not see"),
+    "videos": (CHAT | {"videos": ["a.mp4"]}, "has videos (`videos`), which no model here sees"),
+    "a sound": (PAIR | {"audio": {"path": "a.wav"}}, "has a sound (`audio`), which no model here sees"),
     "boxes": (CHAT | {"objects": {"bbox": [[1, 2, 3, 4]]}}, "has boxes of objects, which must stand in the"),
     "a place for a box": (
         {"messages": [says("user", "Where?"), says("assistant", "At <bbox>.")]},
