@@ -25,7 +25,7 @@ from mistral_ft.data.foreign.annotations import ANNOTATIONS, JsonFolder
 from mistral_ft.data.foreign.columns import value_of
 from mistral_ft.data.foreign.llama_factory import INFO, ForeignSet, find_set, split_name
 from mistral_ft.data.foreign.unread import refuse_unread
-from mistral_ft.data.formats import FORMATS, convert, possible_formats, without_known_nulls
+from mistral_ft.data.formats import FORMATS, convert, how_to_map, possible_formats, without_known_nulls
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
@@ -143,9 +143,7 @@ def find_format(path: Path, rows: list[tuple[int, JsonObject]], columns: dict[st
             raise UserError(f"{path}:{rows[0][0]}: {error}") from None
         names = ", ".join(list(rows[0][1])[:8])
         raise UserError(
-            f"{path}:{rows[0][0]}: a row of no known format, with the fields {names}; "
-            "name its columns: --map prompt=COLUMN --map answer=COLUMN --map image=COLUMN (or --question in place of "
-            "`prompt`)"
+            f"{path}:{rows[0][0]}: a row of no known format, with the fields {names}; {how_to_map(rows[0][1])}"
         )
     return left[0]
 
@@ -255,6 +253,8 @@ def main() -> None:
     keep_image_tag(args.keep_image_tag)
     images_dir, output_dir = args.images_dir or args.input.parent, args.output.parent
     foreign: ForeignSet | None = None
+    if is_folder_of_json(args.input) and (args.input / INFO).is_file():
+        args.input, images_dir = args.input / INFO, args.images_dir or args.input
     if args.format == "llama_factory" or (args.format == "auto" and split_name(args.input)[0].name == INFO):
         foreign = find_set(args.input)
         args.input, args.format = foreign.path, "llama_factory"

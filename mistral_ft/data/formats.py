@@ -76,6 +76,14 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     return []
 
 
+def how_to_map(row: JsonObject) -> str:
+    """What makes a record of a row of no known format."""
+    if {"data", "annotations"} <= row.keys():
+        return 'give Label Studio\'s export as: python -m reformat_data IN OUT --format label_studio --question "…"'
+    maps = " ".join(f"--map {part}=COLUMN" for part in ("prompt", "answer", "image"))
+    return f'name its columns: python -m reformat_data IN OUT {maps} (or --question "…" for all, in place of `prompt`)'
+
+
 def _is_openai(message: Json) -> bool:
     """Whether a message has what only OpenAI's rows have: images as image_url parts, or the developer's role."""
     content = message.get("content") if isinstance(message, dict) else None

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.foreign.unread import refuse_unread
-from mistral_ft.data.formats import DIRECT, as_record, possible_formats
+from mistral_ft.data.formats import DIRECT, as_record, how_to_map, possible_formats
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.row_images import IMAGE_COLUMNS, check_boxes, check_tag
 from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
@@ -176,8 +176,7 @@ def how_to_convert(path: Path, data: JsonObject) -> str:
     except ValueError:  # which no conversion mends
         return ""
     if form is None and "messages" not in data and data:
-        maps = " ".join(f"--map {part}=COLUMN" for part in ("prompt", "answer", "image"))
-        return f"; or name its columns: python -m reformat_data IN OUT {maps}"
+        return f"; or {how_to_map(data)}"
     if form in (None, "native", *DIRECT):
         return ""
     command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"

@@ -132,7 +132,7 @@ def _is_whole(file: BinaryIO) -> bool:
             found = json.loads(whole)
         except (ValueError, RecursionError):
             return False
-        return isinstance(found.get("data"), list) and not {"messages", "text"} & found.keys()
+        return bool(second) or (isinstance(found.get("data"), list) and not {"messages", "text"} & found.keys())
     return first.startswith(b"[") and not (first.endswith(b"]") and second)
 
 
@@ -144,11 +144,14 @@ def _load_array(path: Path) -> list[Json]:
         raise UserError(f"{path}: {reason}; {to_utf8(path)}") from None
     try:
         rows = json.loads(text, parse_constant=_nothing)
-        return rows["data"] if isinstance(rows, dict) else rows
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: nested too deeply, or with numbers too long, to be read") from None
+    if isinstance(rows, dict) and not isinstance(rows.get("data"), list):
+        hint = f": python -m reformat_data {path} OUT" if path.name == "dataset_info.json" else "; write a list of rows"
+        raise UserError(f"{path}: is one JSON object, without rows in `data`{hint}")
+    return rows["data"] if isinstance(rows, dict) else rows
 
 
 def _nothing(constant: str) -> None:

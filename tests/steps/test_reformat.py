@@ -330,7 +330,7 @@ def test_llava_files_may_hold_rows_without_image(tmp_path, run_cli):
         ("[]", ": holds no row"),
         ("7", ": holds no row; {path}:1: expected a JSON object, got the number 7"),
         ("[1,", ": the line ends in the middle of the record (column 3): is the file cut off?"),
-        ('{"a": 1, "b": 2}', ":1: a row of no known format, with the fields a, b; name its columns: --map prompt="),
+        ('{"a": 1, "b": 2}', ":1: a row of no known format, with the fields a, b; name its columns: python -m "),
         ('{"prompt": 1, "response": 2}', ": nothing to write, all rows were left out; row 1: `prompt` must be a"),
     ],
 )

@@ -216,6 +216,13 @@ def test_one_set_of_several_is_named(tmp_path, run_cli):
         assert (code, err) == (2, f"error: {path}: {reason}; name one, {path}:NAME, of a, b\n")
     code, _, err = run_cli("reformat_data", f"{path}:a", tmp_path / "o.jsonl")
     assert (code, err) == (2, f"error: {tmp_path / 'a.json'}: no such file\n")
+    path.write_text(json.dumps({"a": {"file_name": "a.json"}}, indent=1))
+    code, _, err = run_cli("validate_data", path)
+    assert (code, err) == (
+        2, f"error: {path}: is one JSON object, without rows in `data`: python -m reformat_data {path} OUT\n"
+    )  # fmt: skip
+    (tmp_path / "a.json").write_text('[{"instruction": "Q", "output": "A"}]')
+    assert run_cli("reformat_data", tmp_path, tmp_path / "o.jsonl")[0] == 0  # the folder will do
     path.write_text("[]")
     code, _, err = run_cli("reformat_data", path, tmp_path / "o.jsonl")
     assert (code, err.startswith(f"error: {path}: expected {{")) == (2, True)

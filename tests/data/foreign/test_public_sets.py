@@ -231,6 +231,15 @@ def test_annotations_that_are_not_understood(here, run_cli, name):
     assert (code, f"row 1: {reason}\n" in err) == (2, True)
 
 
+def test_an_export_of_label_studio_is_known(here, run_cli):
+    (here / "a.json").write_text(json.dumps([TASK], indent=1))
+    hint = 'give Label Studio\'s export as: python -m reformat_data IN OUT --format label_studio --question "…"'
+    assert f"a.json:1: a row of no known format, with the fields id, data, annotations; {hint}\n" in run_cli(
+        "reformat_data", "a.json", "o.jsonl"
+    )[2]  # fmt: skip
+    assert hint in run_cli("validate_data", "a.json")[1]
+
+
 def test_a_question_that_stands_twice_in_a_form(here, run_cli):
     write(here / "f/annotations/a.json", {"form": FORM["form"] + [block(9, "question", "TO:", [9, 1])]})
     code, _, err = run_cli("reformat_data", "f/annotations", "o.jsonl", "--format", "funsd", "--question", "Q")

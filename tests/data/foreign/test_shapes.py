@@ -220,7 +220,7 @@ SHAPES = {
         None,
     ),
     "unsloth conversations": Shape(
-        "rows.jsonl", [{"conversations": chat("Title?"), "image": "a.png"}], [A], ["--format", "llava"]
+        "rows.jsonl", [{"conversations": chat("Title?"), "image": "a.png"}], [A], []
     ),
     "unsloth image and text": Shape(
         "rows.parquet",
