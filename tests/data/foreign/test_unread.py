@@ -85,6 +85,7 @@ def test_what_nobody_would_see_is_refused(tmp_path, name):
             "messages": [says("user", [{"type": "image", "image": "a.png"}]), says("assistant", "A")],
             "image_path": "a.png",
         },
+        PAIR | {"image": "a.parquet#row=0&column=image", "embedding": "a.parquet#row=0&column=embedding"},
         PAIR | {"source": "a.pdf", "image": "a.png", "image_id": 7, "page": 3},
         {"text": "Decree 5", "file_name": "a.txt", "url": "https://example.com/a", "image_id": 3},
     ],
