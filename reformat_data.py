@@ -22,7 +22,6 @@ from pathlib import Path
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.embedded_images import ImageFolder
 from mistral_ft.data.foreign.annotations import ANNOTATIONS, JsonFolder
-from mistral_ft.data.foreign.columns import value_of
 from mistral_ft.data.foreign.llama_factory import INFO, ForeignSet, find_set, split_name
 from mistral_ft.data.foreign.unread import refuse_unread
 from mistral_ft.data.formats import FORMATS, convert, how_to_map, possible_formats, without_known_nulls
@@ -31,7 +30,7 @@ from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, data_files, is_table, read_objects
+from mistral_ft.data.rows import RowSource, data_files, is_table, look_up, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import JsonObject, atomic_write, check_target
@@ -57,8 +56,8 @@ def parse_arguments() -> argparse.Namespace:
         "--map",
         action="append",
         metavar="PART=COLUMN",
-        help="which column is `prompt`, `answer` (or `answers`, a list of right ones), `image`; once for each; a.b for "
-        "fields within fields, 'scans/{a.b}.png' for a text with fields in it",
+        help="which column is `prompt`, `answer` (lists too) or `json` (an object as the answer), `image`; once for "
+        "each; a.b for nested ones, 'scans/{a.b}.png' for a text with fields in it",
     )
     parser.add_argument(
         "--question", help="of all rows, with --map answer=COLUMN and none for `prompt`, or --format of annotations"
@@ -88,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         if args.columns or not args.question:
             parser.error(f"--format {args.format} needs --question, and takes no --map")
         args.columns = {"answer": "answer", "image": "image"}
-    answer = "answers" if "answers" in (args.columns or {}) else "answer"
+    answer = "json" if "json" in (args.columns or {}) else "answer"
     needed = {answer} if args.question else {"prompt", answer}
     if (args.columns or args.question) and not needed <= (args.columns or {}).keys() <= {*needed, "image"}:
         given = "--question" if args.question else "--map"
@@ -119,7 +118,7 @@ def find_targets(args: argparse.Namespace) -> list[Path]:
 
 def has_value(row: JsonObject, field: str, value: str) -> bool:
     """Whether a field, a.b for nested ones, has a value as the command line spells it."""
-    found = value_of(row, field)
+    found = look_up(row, field)
     return found == value if isinstance(found, str) else found is not None and json.dumps(found) == value
 
 
@@ -179,7 +178,7 @@ def group_key(row: JsonObject, group: str | None) -> list[str]:
     """The value that --group keeps together; raises ValueError if a row has none."""
     if group is None:
         return []
-    value = value_of(row, group)
+    value = look_up(row, group)
     if value is None:
         raise ValueError(f"no `{group}`, which --group goes by")
     return [f"group {json.dumps(value, sort_keys=True)}"]

@@ -7,7 +7,7 @@
 | sharegpt | {"conversations": [{"from": "human" or "gpt", "value"}, ...], "system"?}         |
 | llava    | sharegpt with "image" or "images", shown where the text says <image>            |
 | openai   | {"messages": [...]} with parts of type image_url, the last one the assistant's  |
-| columns  | a prompt and an answer under names of their own; "answers" are a list of right ones |
+| columns  | a prompt and an answer, or a list of right ones, under names of their own   |
 | inst     | {"text": "<s>[INST] question [/INST] answer</s>"}                               |
 
 Fields that a format does not use are the user's and stay.
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mistral_ft.data.conversation import Message, with_weights
-from mistral_ft.data.foreign.columns import answers_of, fields_of, json_answer, value_of
+from mistral_ft.data.foreign.columns import answer_of, json_of, value_of
 from mistral_ft.data.foreign.unread import refuse_pages, refuse_unread
 from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
 from mistral_ft.files import Json, JsonObject
@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
     """What a row asks and answers, and the fields that say so."""
 
     messages: list[Message]
-    expected: str | list[str] | None
+    expected: str | list[str] | None  # a list where several answers are right
     used: set[str]
 
 
@@ -55,7 +55,7 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     """The formats a row may have, the likeliest first; none for a row of no known kind.
 
     Args:
-        columns: the user's columns of `prompt`, `answer` or `answers`, and `image`, as `value_of` takes them; without
+        columns: the user's columns of `prompt`, `answer` or `json`, and `image`, as `value_of` takes them; without
             `prompt` there is one question for all rows.
     """
     messages = row.get("messages")
@@ -256,14 +256,13 @@ def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | No
         if not pairs:
             known = ", ".join("/".join(pair) for pair in COLUMNS)
             raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
-        columns = {"prompt": pairs[0][0], pairs[0][1] if pairs[0][1] == "answers" else "answer": pairs[0][1]}
+        columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
     values = {part: value_of(row, column) for part, column in columns.items()}
     names = (columns["image"],) if "image" in columns else IMAGE_COLUMNS
     images = images_of({columns["image"]: values["image"]} if "image" in columns else row, names)
     if "image" in columns and not images:
         raise ValueError(f"no `{columns['image']}`")
-    used = {*columns.values(), *(name for column in columns.values() for name in fields_of(column))}
-    used |= {"system", "history", *names}
+    used = {*columns.values(), "system", "history", *names}
     if by_name:
         refuse_pages(row, columns)
     prompt, answer = values.get("prompt", question), values.get("answer")
@@ -273,11 +272,8 @@ def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | No
     asked = question or _text({columns["prompt"]: prompt}, columns["prompt"])
     messages = [*_system(row), *_history(row), {"role": "user", "content": asked}]
     messages = place_images(with_weights(messages, default=1), images)
-    if "answers" in columns:
-        return Conversation(messages, answers_of(values["answers"], columns["answers"]), used)
-    if isinstance(answer, dict | list) and not by_name:
-        answer = json_answer(answer, columns["answer"])
-    return Conversation(messages, _text({columns["answer"]: answer}, columns["answer"]), used)
+    read, part = (json_of, "json") if "json" in columns else (answer_of, "answer")
+    return Conversation(messages, read(values[part], columns[part]), used)
 
 
 def _inst(row: JsonObject) -> Conversation:

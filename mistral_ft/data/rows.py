@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mistral_ft.data.conversation import parsed
 from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
@@ -247,6 +248,23 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         "; NUL bytes are what a download or copy leaves that broke off: fetch the file again" if "\0" in text else ""
     )
     return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}{zeros}"
+
+
+def look_up(row: JsonObject, field: str) -> Json:
+    """A field's value; None if there is none.
+
+    Args:
+        field: `a.b` for nested ones unless the row has a field of just that name. Text on the way that is JSON is read,
+            and items of lists have numbers from 0.
+    """
+    value: Json = row
+    for name in [field] if field in row else field.split("."):
+        value = parsed(value) if isinstance(value, str) else value
+        if isinstance(value, list) and name.isdecimal():
+            value = dict(enumerate(value)).get(int(name))
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def kind_of(value: Json) -> str:

@@ -1,9 +1,11 @@
-"""Columns by name: fields, fields within fields, texts with fields in them; and answers that are no single text."""
+"""Columns by name: fields of a row, texts made of them, and answers that are no single text."""
 
 import re
 from collections import Counter
 
-from mistral_ft.data.conversation import parsed, to_json
+from mistral_ft.data.conversation import to_json
+from mistral_ft.data.row_keys import right_answers
+from mistral_ft.data.rows import kind_of, look_up
 from mistral_ft.files import Json, JsonObject
 
 FIELD = re.compile(r"\{([\w.]+)\}")
@@ -13,57 +15,50 @@ def value_of(row: JsonObject, column: str) -> Json:
     """What a column of a row holds; None if there is none.
 
     Args:
-        column: a field; `a.b` for one within another, where text that is JSON is read, and items of lists have numbers
-            from 0; or a text with fields in it, `scans/{a.b}.png`.
+        column: a field as `look_up` takes it, or a text with fields in it, `scans/{a.b}.png`.
 
     Raises:
         ValueError: if a field of a text is missing or is neither a string nor a number.
     """
-    if FIELD.search(column):
-        return FIELD.sub(lambda found: _spelled(row, found[1]), column)
-    if column in row:
-        return row[column]
-    value: Json = row
-    for name in column.split("."):
-        value = parsed(value) if isinstance(value, str) else value
-        if isinstance(value, list) and name.isdecimal():
-            value = dict(enumerate(value)).get(int(name))
-        else:
-            value = value.get(name) if isinstance(value, dict) else None
-    return value
+    return FIELD.sub(lambda found: _spelled(row, found[1]), column) if FIELD.search(column) else look_up(row, column)
 
 
 def _spelled(row: JsonObject, column: str) -> str:
-    value = value_of(row, column)
+    value = look_up(row, column)
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"no `{column}`" if value is None else f"`{column}` must be a string or a number")
     return str(value)
 
 
-def fields_of(column: str) -> set[str]:
-    """The fields of a row that a column is made of."""
-    return {name.partition(".")[0] for name in FIELD.findall(column) or [column]}
-
-
-def json_answer(answer: Json, name: str) -> str:
-    """An answer that is an object or a list of objects as JSON; raises ValueError for any other list."""
-    if isinstance(answer, list) and not all(isinstance(item, dict) for item in answer):
-        raise ValueError(f"`{name}` is a list: if these are several right answers, --map answers={name}")
-    return to_json(answer)
-
-
-def answers_of(value: Json, name: str) -> str | list[str]:
-    """Several right answers, the one that most people gave first; of one only itself.
+def answer_of(value: Json, column: str) -> str | list[str]:
+    """An answer, or the right ones of a list, each once and the one that stands there most often first.
 
     Raises:
-        ValueError: if they are no list of strings or objects, which become JSON.
+        ValueError: if it is neither, in one line.
     """
-    value = parsed(value) if isinstance(value, str) else value
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"no `{name}`" if not value else f"`{name}` must be a list of right answers")
-    found = [item.get("answer", item) if isinstance(item, dict) else item for item in value]  # VQA: of each person
-    texts = [to_json(item) if isinstance(item, dict) else item for item in found]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`{name}` must be a list of right answers, each a string or an object")
-    ordered = [text for text, _ in Counter(texts).most_common()]
-    return ordered if len(ordered) > 1 else ordered[0]
+    if value is None:
+        raise ValueError(f"no `{column}`")
+    if isinstance(value, dict) and value:
+        raise ValueError(
+            f"`{column}` is an object; name a field of it: --map answer={column}.{next(iter(value))}; or --map "
+            f"json={column} for all of it as JSON"
+        )
+    if isinstance(value, list) and right_answers({column: value}, column):
+        return [answer for answer, _ in Counter(value).most_common()]
+    if not isinstance(value, str):
+        raise ValueError(f"`{column}` must be a string, got {to_json(value)[:40]}")
+    return value
+
+
+def json_of(value: Json, column: str) -> str | list[str]:
+    """An object or a list as JSON; of Donut's `gt_parses`, of which each is right, a list of them.
+
+    Raises:
+        ValueError: if it is neither, in one line.
+    """
+    if not isinstance(value, dict | list) or not value:
+        kind = f"`{column}` must be an object or a list, got {kind_of(value)}; a text is mapped to `answer`"
+        raise ValueError(f"no `{column}`" if value is None else kind)
+    if isinstance(value, list) and column.endswith("gt_parses"):
+        return list(map(to_json, value))
+    return to_json(value)

@@ -50,14 +50,14 @@ def refuse_pages(row: JsonObject, columns: dict[str, str]) -> None:
         )
     asked = "prompt" in columns
     if asked and (first := next((name for name in IMAGE_COLUMNS if row.get(name)), None)):
-        for column, value in rest.items():
-            numbered = SECOND_PAGE.fullmatch(column) and _is_page("", value)
+        for other, value in rest.items():
+            numbered = SECOND_PAGE.fullmatch(other) and _is_page("", value)
             # Bytes in a table alone say little: they may be an embedding.
-            if column in IMAGE_COLUMNS or not (numbered or (_holds_page(value) and not table_of(str(value)))):
+            if other in IMAGE_COLUMNS or not (numbered or (_holds_page(value) and not table_of(str(value)))):
                 continue
             maps = " ".join(f"--map {part}={name}" for part, name in columns.items())
             raise ValueError(
-                f"`{column}` looks like a page beside `{first}`: put all of them into a list, `images`; if it is none: "
+                f"`{other}` looks like a page beside `{first}`: put all of them into a list, `images`; if it is none: "
                 f"python -m reformat_data IN OUT {maps}"
             )
         return

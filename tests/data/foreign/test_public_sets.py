@@ -83,15 +83,15 @@ SETS = {
     ),
     "docvqa/val.json": (
         {"docvqa/val.json": {"dataset_name": "x", "data": [
-            {"questionId": 5, "question": "Title?", "image": "documents/a.png", "docId": 1, "answers": ["Decree 5"]}
+            {"questionId": 5, "question": "Title?", "image": "documents/a.png", "answers": ["Decree 5", "No. 5"]}
         ]}},
         ["docvqa/documents/a.png"],
-        ("documents/a.png", "Title?", "Decree 5"),
+        ("documents/a.png", "Title?", ["Decree 5", "No. 5"]),
     ),
     "textvqa/val.json": (
         {"textvqa/val.json": {"data": [{"question": "Title?", "image_id": "a", "answers": ["Decree 5"] * 10}]}},
         ["textvqa/train_images/a.jpg"],
-        ("train_images/a.jpg", "Title?", "Decree 5"),
+        ("train_images/a.jpg", "Title?", ["Decree 5"]),
     ),
     "sroie/key": (
         {"sroie/key/a.txt": RECEIPT},
@@ -158,6 +158,7 @@ def test_every_set_has_its_command():
 
 
 ASK = {"prompt": "q", "answer": "a"}
+JSON = {"prompt": "q", "json": "a"}
 
 # Columns, a row, and what the record says: question and answer.
 MAPS = {
@@ -166,13 +167,14 @@ MAPS = {
     "an item": (ASK | {"answer": "a.1.b"}, {"q": "Q", "a": [{}, {"b": "B"}]}, "Q", "B"),
     "a field with a point": (ASK | {"answer": "a.b"}, {"q": "Q", "a.b": "A", "a": {"b": "?"}}, "Q", "A"),
     "a text": (ASK | {"prompt": "{c} {m.q}: {\"x\"}"}, {"c": "C", "m": {"q": 3}, "a": "A"}, 'C 3: {"x"}', "A"),
-    "an object": (ASK, {"q": "Q", "a": {"b": None, "c": ["ü"]}}, "Q", '{"b": null, "c": ["ü"]}'),
-    "a list of objects": (ASK, {"q": "Q", "a": [{"b": 1}]}, "Q", '[{"b": 1}]'),
-    "answers": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": ["B", "A", "A", "C"]}, "Q", ["A", "B", "C"]),
-    "the same answers": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": ["A", "A"]}, "Q", "A"),
-    "of people": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": [{"answer": "A", "answer_id": 1}]}, "Q", "A"),
-    "answers in a text": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": '["A", "B"]'}, "Q", ["A", "B"]),
-    "parses": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": [{"b": 1}, {"b": 2}]}, "Q", ['{"b": 1}', '{"b": 2}']),
+    "an object": (JSON, {"q": "Q", "a": {"b": None, "c": ["ü"]}}, "Q", '{"b": null, "c": ["ü"]}'),
+    "a list of objects": (JSON, {"q": "Q", "a": [{"b": 1}]}, "Q", '[{"b": 1}]'),
+    "a list of texts as JSON": (JSON, {"q": "Q", "a": ["A", "B"]}, "Q", '["A", "B"]'),
+    "answers": (ASK, {"q": "Q", "a": ["B", "A", "A", "C"]}, "Q", ["A", "B", "C"]),
+    "parses": (
+        JSON | {"json": "g.gt_parses"}, {"q": "Q", "g": '{"gt_parses": [{"b": 1}, {"b": 2}]}'}, "Q",
+        ['{"b": 1}', '{"b": 2}'],
+    ),
 }  # fmt: skip
 
 
@@ -192,11 +194,15 @@ MAP_FAULTS = {
     "no such field": (ASK, {"q": "Q"}, "no `a`"),
     "no page": (ASK | {"image": "scan"}, {"q": "Q", "a": "A"}, "no `scan`"),
     "no field for a text": (ASK | {"image": "{id}.png"}, {"q": "Q", "a": "A"}, "no `id`"),
-    "a list of texts": (ASK, {"q": "Q", "a": ["A", "B"]}, "`a` is a list: if these are several right answers, --map "),
     "a number": (ASK, {"q": "Q", "a": 7}, "`a` must be a string, got 7"),
-    "no answers": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": []}, "no `a`"),
-    "one text": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": "['A']"}, "`a` must be a list"),
-    "numbers": ({"prompt": "q", "answers": "a"}, {"q": "Q", "a": [1]}, "`a` must be a list of right answers, each a"),
+    "an object": (
+        ASK, {"q": "Q", "a": {"b": "A"}},
+        "`a` is an object; name a field of it: --map answer=a.b; or --map json=a for all of it as JSON",
+    ),
+    "no answers": (ASK, {"q": "Q", "a": []}, "`a` is an empty list; "),
+    "numbers": (ASK, {"q": "Q", "a": [1]}, "answer 1 in `a` must be a string, got the number 1"),
+    "a text as JSON": (JSON, {"q": "Q", "a": "A"}, "`a` must be an object or a list, got a string; a text is"),
+    "no object": (JSON, {"q": "Q"}, "no `a`"),
 }  # fmt: skip
 
 
@@ -248,7 +254,7 @@ def test_a_question_that_stands_twice_in_a_form(here, run_cli):
 
 def test_a_file_of_the_folder_that_is_no_json(here, run_cli):
     write(here / "key/a.txt", "company: x")
-    code, _, err = run_cli("reformat_data", "key", "o.jsonl", "--question", "Q", "--map", "answer=json")
+    code, _, err = run_cli("reformat_data", "key", "o.jsonl", "--question", "Q", "--map", "json=json")
     assert (code, err) == (2, "error: key/a.txt: not JSON: Expecting value: line 1 column 1 (char 0)\n")
     (here / "empty").mkdir()
     code, _, err = run_cli("reformat_data", "empty", "o.jsonl")

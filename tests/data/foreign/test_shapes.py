@@ -237,7 +237,7 @@ SHAPES = {
     ),
     "DocVQA": Shape(
         "rows.parquet",
-        [{"questionId": "3", "question": "Title?", "image": bytes_of("a.png"), "docId": 7, "answers": ["Decree 5"]}],
+        [{"questionId": "3", "question": "Title?", "image": bytes_of("a.png"), "answers": ["Decree 5", "No. 5"]}],
         [A],
         None,
     ),
@@ -260,32 +260,32 @@ SHAPES = {
         "val.json",
         {"data": [{"question": "Title?", "image_id": "a", "answers": ["Decree 5"] * 10}]},
         [A],
-        ["--map", "prompt=question", "--map", "answers=answers", "--map", "image={image_id}.png"],
+        ["--map", "prompt=question", "--map", "answer=answers", "--map", "image={image_id}.png"],
     ),
     "TextVQA as published, unmapped": Shape(
         "val.json",
         {"data": [{"question": "Title?", "image_id": "a", "answers": ["Decree 5"] * 10}]},
         "`image_id` looks like a page, and nobody would see it: python -m reformat_data IN OUT --map prompt=question "
-        "--map answers=answers --map image=image_id",
+        "--map answer=answers --map image=image_id",
         None,
     ),
     "Donut": Shape(
         "metadata.jsonl",
         [{"file_name": "a.png", "ground_truth": json.dumps({"gt_parse": RECEIPT})}],
         [A],
-        [*ASK, "--map", "answer=ground_truth.gt_parse", "--map", "image=file_name"],
+        [*ASK, "--map", "json=ground_truth.gt_parse", "--map", "image=file_name"],
     ),
     "CORD": Shape(
         "rows.parquet",
         [{"image": bytes_of("a.png"), "ground_truth": json.dumps({"gt_parse": RECEIPT, "valid_line": []})}],
         [A],
-        [*ASK, "--map", "answer=ground_truth.gt_parse", "--map", "image=image"],
+        [*ASK, "--map", "json=ground_truth.gt_parse", "--map", "image=image"],
     ),
     "SROIE": Shape(
         "key",
         {"key/a.txt": RECEIPT, "key/b.txt": RECEIPT},
         [A, B],
-        [*ASK, "--map", "answer=json", "--map", "image={stem}.png"],
+        [*ASK, "--map", "json=json", "--map", "image={stem}.png"],
     ),
     "FUNSD": Shape(
         "annotations", {"annotations/a.json": {"form": FORM}}, [A], [*ASK, "--format", "funsd"]

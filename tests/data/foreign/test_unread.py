@@ -61,7 +61,7 @@ REFUSED = {
     "a context": (
         {"question": "Q", "context": "C", "answers": ["A"]},
         "`context` would not be shown; put it into the question: python -m reformat_data IN OUT --map "
-        "prompt='{context} {question}' --map answers=answers",
+        "prompt='{context} {question}' --map answer=answers",
     ),
 }  # fmt: skip
 
