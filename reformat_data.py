@@ -3,7 +3,8 @@
     python -m reformat_data alpaca.json records.jsonl [--split 0.9] [--where FIELD=VALUE] [--limit N]
 
 IN is a file or table of any kind that train reads; its rows are Alpaca, ShareGPT, LLaVA, OpenAI chat, prompt and answer
-columns, [INST] text, or records.
+columns, [INST] text, or records. Or it is LLaMA-Factory's dataset_info.json (dataset_info.json:NAME for one set of
+several), a folder with a JSON file per page, or with --format FUNSD's annotations or Label Studio's export.
 Writes OUT, or with --split OUT's name as <name>.train.jsonl and <name>.test.jsonl. IN is never touched. Images in data:
 and file: URLs become files in <name>-images/ beside OUT; other image paths stay as they are. Rows that cannot be
 converted are left out, and named with the reason; the exit code is 0 unless nothing could be written.
@@ -20,13 +21,16 @@ from pathlib import Path
 
 from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.data.embedded_images import ImageFolder
-from mistral_ft.data.formats import FORMATS, convert, possible_formats, without_known_nulls
+from mistral_ft.data.foreign.annotations import ANNOTATIONS, JsonFolder
+from mistral_ft.data.foreign.llama_factory import INFO, ForeignSet, find_set, split_name
+from mistral_ft.data.foreign.unread import refuse_unread
+from mistral_ft.data.formats import FORMATS, convert, how_to_map, possible_formats, without_known_nulls
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, data_files, look_up, read_objects
+from mistral_ft.data.rows import RowSource, data_files, is_table, look_up, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import JsonObject, atomic_write, check_target
@@ -43,15 +47,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="JSONL file of records to write")
     parser.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="of IN (default: by its first rows)"
+        "--format",
+        choices=("auto", *FORMATS, "llama_factory", *ANNOTATIONS),
+        default="auto",
+        help="of IN (default: by its first rows)",
     )
     parser.add_argument(
         "--map",
         action="append",
         metavar="PART=COLUMN",
-        help="which column is `prompt`, `answer` (lists too), `image`; once for each; a.b for nested ones",
+        help="which column is `prompt`, `answer` (lists too) or `json` (an object as the answer), `image`; once for "
+        "each; a.b for nested ones, 'scans/{a.b}.png' for a text with fields in it",
     )
-    parser.add_argument("--question", help="of all rows, with --map answer=COLUMN and none for `prompt`")
+    parser.add_argument(
+        "--question", help="of all rows, with --map answer=COLUMN and none for `prompt`, or --format of annotations"
+    )
     parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
     parser.add_argument(
         "--images_dir", type=Path, help="folder that IN's image paths are relative to (default: its own)"
@@ -71,12 +81,19 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} takes NAME=VALUE")
         setattr(args, name, [(field, value) for field, _, value in pairs])
     args.columns = dict(args.map) or None
-    needed = {"answer"} if args.question else {"prompt", "answer"}
+    if len(args.columns or {}) < len(args.map):
+        parser.error("--map takes each part once")
+    if args.format in ANNOTATIONS:
+        if args.columns or not args.question:
+            parser.error(f"--format {args.format} needs --question, and takes no --map")
+        args.columns = {"answer": "answer", "image": "image"}
+    answer = "json" if "json" in (args.columns or {}) else "answer"
+    needed = {answer} if args.question else {"prompt", answer}
     if (args.columns or args.question) and not needed <= (args.columns or {}).keys() <= {*needed, "image"}:
         given = "--question" if args.question else "--map"
         maps = " and ".join(f"--map {name}=COLUMN" for name in sorted(needed))
         parser.error(f"{given} needs {maps}, and takes --map image=COLUMN beside")
-    if args.columns and args.format not in ("auto", "columns"):
+    if args.columns and args.format not in ("auto", "columns", *ANNOTATIONS):
         parser.error(f"--map has no effect with --format {args.format}")
     if args.split is not None and not 0 < args.split < 1:
         parser.error(f"--split {args.split:g}: must be a share between 0 and 1")
@@ -119,10 +136,13 @@ def find_format(path: Path, rows: list[tuple[int, JsonObject]], columns: dict[st
             check_format(path, line, possible, left[0])
         left = both or left or possible
     if not left:
+        try:
+            refuse_unread(rows[0][1])
+        except ValueError as error:
+            raise UserError(f"{path}:{rows[0][0]}: {error}") from None
         names = ", ".join(list(rows[0][1])[:8])
         raise UserError(
-            f"{path}:{rows[0][0]}: a row of no known format, with the fields {names}; "
-            f"name its columns: --map prompt=COLUMN --map answer=COLUMN"
+            f"{path}:{rows[0][0]}: a row of no known format, with the fields {names}; {how_to_map(rows[0][1])}"
         )
     return left[0]
 
@@ -164,6 +184,11 @@ def group_key(row: JsonObject, group: str | None) -> list[str]:
     return [f"group {json.dumps(value, sort_keys=True)}"]
 
 
+def is_folder_of_json(path: Path) -> bool:
+    """Whether IN is a folder with one JSON file per page, and no table."""
+    return path.is_dir() and not is_table(path)
+
+
 class Rows:
     """The wanted rows of a file, read one by one.
 
@@ -178,7 +203,7 @@ class Rows:
         self.unreadable: list[RecordError] = []
         self.count = self.unwanted = 0
         self._where = where
-        source = RowSource(path, images_dir)
+        source = JsonFolder(path) if is_folder_of_json(path) else RowSource(path, images_dir)
         self.total = source.count()
         self._rows = read_objects(source, self.unreadable)
 
@@ -225,9 +250,16 @@ def main() -> None:
     # 1. Arguments, and where to write.
     args = parse_arguments()
     keep_image_tag(args.keep_image_tag)
-    data_files(args.input)
-    targets = find_targets(args)
     images_dir, output_dir = args.images_dir or args.input.parent, args.output.parent
+    foreign: ForeignSet | None = None
+    if is_folder_of_json(args.input) and (args.input / INFO).is_file():
+        args.input, images_dir = args.input / INFO, args.images_dir or args.input
+    if args.format == "llama_factory" or (args.format == "auto" and split_name(args.input)[0].name == INFO):
+        foreign = find_set(args.input)
+        args.input, args.format = foreign.path, "llama_factory"
+    if not is_folder_of_json(args.input):
+        data_files(args.input)
+    targets = find_targets(args)
     if not images_dir.is_dir():
         raise UserError(f"{images_dir}: no such folder of images; give it with --images_dir")
     same_folder = images_dir.resolve() == output_dir.resolve()
@@ -262,7 +294,11 @@ def main() -> None:
                 check_format(args.input, line, possible_formats(row, args.columns), form)
             images_before = embedded.count
             try:
-                record, left_out = convert(row, form, args.columns, args.question)
+                if foreign:
+                    row, form = foreign.row(row), foreign.form
+                elif form in ANNOTATIONS:
+                    row = ANNOTATIONS[form](row)
+                record, left_out = convert(row, "columns" if form in ANNOTATIONS else form, args.columns, args.question)
                 messages = record.get("messages", [])
                 record = {"id": f"{args.input.stem}-{line}"} | record
                 taken = embedded.take(messages)

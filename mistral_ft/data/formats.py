@@ -7,7 +7,7 @@
 | sharegpt | {"conversations": [{"from": "human" or "gpt", "value"}, ...], "system"?}         |
 | llava    | sharegpt with "image" or "images", shown where the text says <image>            |
 | openai   | {"messages": [...]} with parts of type image_url, the last one the assistant's  |
-| columns  | a prompt and an answer under names of their own                                 |
+| columns  | a prompt and an answer, or a list of right ones, under names of their own   |
 | inst     | {"text": "<s>[INST] question [/INST] answer</s>"}                               |
 
 Fields that a format does not use are the user's and stay.
@@ -19,19 +19,26 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mistral_ft.data.conversation import Message, with_weights
+from mistral_ft.data.foreign.columns import answer_of, json_of, value_of
+from mistral_ft.data.foreign.unread import refuse_pages, refuse_unread
 from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
-from mistral_ft.data.row_keys import right_answers
-from mistral_ft.data.rows import look_up
 from mistral_ft.files import Json, JsonObject
 
-COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+COLUMNS = (
+    ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"),
+    ("question", "answers"),
+)  # fmt: skip
 RESERVED = ("id", "messages", "expected", "actual", "error", *IMAGE_COLUMNS)
 # Fields that formats read. Where tables have no value, they have null.
 KNOWN = {
     *RESERVED, *(name for pair in COLUMNS for name in pair), "text", "tools", "system", "instruction",
     "input", "output", "history", "conversations",
 }  # fmt: skip
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+    "function_call": "function_call", "observation": "observation", "tool_call": "tool_call",
+    "tool_response": "tool_response",
+}  # fmt: skip
 SYSTEM_PROMPT = re.compile(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)
 TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\[INST\])|\Z)", re.DOTALL)
 
@@ -48,13 +55,12 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     """The formats a row may have, the likeliest first; none for a row of no known kind.
 
     Args:
-        columns: names of the user's `prompt`, `answer` and `image` columns; without `prompt` there is one question for
-            all rows.
+        columns: the user's columns of `prompt`, `answer` or `json`, and `image`, as `value_of` takes them; without
+            `prompt` there is one question for all rows.
     """
     messages = row.get("messages")
     if columns:
-        asked = [columns.get("prompt", columns["answer"]), columns["answer"]]
-        return ["columns"] if all(look_up(row, name) is not None for name in asked) else []
+        return ["columns"]
     if "conversations" in row:
         return ["llava"] if "image" in row or "images" in row else ["sharegpt", "llava"]
     if isinstance(messages, list) and messages:
@@ -68,6 +74,14 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     if isinstance(row.get("text"), str):
         return ["inst" if TURN.match(SYSTEM_PROMPT.sub("", row["text"], count=1)) else "native"]
     return []
+
+
+def how_to_map(row: JsonObject) -> str:
+    """What makes a record of a row of no known format."""
+    if {"data", "annotations"} <= row.keys():
+        return 'give Label Studio\'s export as: python -m reformat_data IN OUT --format label_studio --question "…"'
+    maps = " ".join(f"--map {part}=COLUMN" for part in ("prompt", "answer", "image"))
+    return f'name its columns: python -m reformat_data IN OUT {maps} (or --question "…" for all, in place of `prompt`)'
 
 
 def _is_openai(message: Json) -> bool:
@@ -89,17 +103,25 @@ def as_record(row: JsonObject) -> JsonObject:
         ValueError: why that cannot be done, in one line.
     """
     row = without_known_nulls(row)
+    refuse_unread(row)
     form = next(iter(possible_formats(row)), None)
     if form in DIRECT:
-        row, _ = convert(row, form)
-    elif form == "native":
-        row = _show_images(row)
-    if isinstance(row.get("tools"), str):
-        try:
-            row = row | {"tools": json.loads(row["tools"])}
-        except (ValueError, RecursionError):
-            raise ValueError("`tools` is text that is no JSON") from None
-    return row
+        return convert(row, form)[0]
+    return _with_tools(_show_images(row) if form == "native" else row)
+
+
+def _with_tools(row: JsonObject) -> JsonObject:
+    """A row with its tools read where they stand as text, as LLaMA-Factory has them: functions alone, or none."""
+    text = row.get("tools")
+    if not isinstance(text, str):
+        return row
+    try:
+        tools = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        raise ValueError("`tools` is text that is no JSON") from None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return row | {"tools": tools}
 
 
 def without_known_nulls(row: JsonObject) -> JsonObject:
@@ -114,17 +136,8 @@ def _show_images(row: JsonObject) -> JsonObject:
         rest = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
         return (row if rest.keys() == row.keys() else rest) | {"messages": place_images(tidy(messages), images_of(row))}
     if "messages" not in row:
-        _refuse_images(row, "text")
+        refuse_pages(row, {"answer": "text"})
     return row
-
-
-def _refuse_images(row: JsonObject, answer: str) -> None:
-    """Raises ValueError for images that nobody would see, beside a column which may be their answer."""
-    if column := next((name for name in IMAGE_COLUMNS if row.get(name)), None):
-        raise ValueError(
-            f"has `{column}`, but no question about it; if `{answer}` is what the page says, this makes records of it: "
-            f'python -m reformat_data IN OUT --question "Read the page." --map answer={answer} --map image={column}'
-        )
 
 
 def convert(
@@ -142,13 +155,15 @@ def convert(
     Raises:
         ValueError: why it is no row of this format, in one line.
     """
+    refuse_unread(row)
     record = {"id": row["id"]} if row.get("id") is not None else {}
     used: set[str] = set()
     if form != "native" or "messages" in row:  # or else it is plain text
         messages, expected, used = _columns(row, columns, question) if form == "columns" else CONVERTERS[form](row)
         record |= {"messages": messages} | ({} if expected is None else {"expected": expected})
     others = {name: value for name, value in row.items() if name not in used and name != "id"}
-    return record | {n: v for n, v in others.items() if n not in RESERVED}, [n for n in others if n in RESERVED]
+    kept = {name: value for name, value in others.items() if name not in RESERVED}
+    return _with_tools(record | kept), [name for name in others if name in RESERVED]
 
 
 def _native(row: JsonObject) -> Conversation:
@@ -157,19 +172,28 @@ def _native(row: JsonObject) -> Conversation:
 
 
 def _messages(row: JsonObject) -> list[Message]:
-    return tidy([_from_parts(message) for message in _list(row, "messages")])
+    """A row's messages, the developer's role under its older name."""
+    messages = _list(row, "messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("a message must be an object with `role` and `content`")
+    return tidy([m | {"role": "system"} if m.get("role") == "developer" else m for m in messages])
 
 
 def _alpaca(row: JsonObject) -> Conversation:
     prompt, extra = _text(row, "instruction"), _text(row | {"input": row.get("input") or ""}, "input")
-    messages = _system(row)
+    asked = {"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt}
+    messages = [*_system(row), *_history(row), asked]
+    used = {"instruction", "input", "output", "system", "history", *IMAGE_COLUMNS}
+    return Conversation(place_images(with_weights(messages, default=1), images_of(row)), _text(row, "output"), used)
+
+
+def _history(row: JsonObject) -> list[Message]:
+    messages = []
     for pair in _list(row, "history") if row.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError("`history` must be a list of [question, answer] pairs")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages.append({"role": "user", "content": f"{prompt}\n\n{extra}" if extra.strip() else prompt})
-    used = {"instruction", "input", "output", "system", "history", *IMAGE_COLUMNS}
-    return Conversation(place_images(with_weights(messages, default=1), images_of(row)), _text(row, "output"), used)
+    return messages
 
 
 def _sharegpt(row: JsonObject) -> Conversation:
@@ -188,34 +212,21 @@ def _llava(row: JsonObject) -> Conversation:
 
 def _conversations(row: JsonObject) -> Conversation:
     messages = _system(row)
-    for number, turn in enumerate(_list(row, "conversations"), 1):
+    turns = _list(row, "conversations")
+    if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):  # as unsloth has them
+        return Conversation(*_answered(messages + _messages({"messages": turns})), {"conversations", "system"})
+    for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {number}: expected an object with `from` and a string `value`")
         if turn.get("from") not in list(SPEAKERS):  # which may be no string
             raise ValueError(f"turn {number}: unknown `from` {turn.get('from')!r}; expected {', '.join(SPEAKERS)}")
         messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
-    return Conversation(*_answered(messages), {"conversations", "system"})
+    return Conversation(*_answered(tidy(messages)), {"conversations", "system"})
 
 
 def _openai(row: JsonObject) -> Conversation:
     messages = place_images(_messages(row), images_of(row))
     return Conversation(*_answered(messages), {"messages", *IMAGE_COLUMNS})
-
-
-def _from_parts(message: Json) -> Message:
-    """A chat message with image_url parts as image blocks, and the developer's role under its older name."""
-    if not isinstance(message, dict):
-        raise ValueError("a message must be an object with `role` and `content`")
-    message = message | ({"role": "system"} if message.get("role") == "developer" else {})
-    if not isinstance(message.get("content"), list):
-        return message
-    blocks = []
-    for part in message["content"]:
-        if isinstance(part, dict) and part.get("type") == "image_url":
-            url = part.get("image_url")
-            part = {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
-        blocks.append(part)
-    return message | {"content": blocks}
 
 
 def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
@@ -239,25 +250,34 @@ def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
 
 
 def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | None = None) -> Conversation:
+    by_name = columns is None
     if columns is None:
         pairs = [pair for pair in COLUMNS if pair[0] in row and pair[1] in row]
         if not pairs:
             known = ", ".join("/".join(pair) for pair in COLUMNS)
             raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
         columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
-    row = row | {name: look_up(row, name) for name in columns.values()}
-    prompt, answer = row.get(columns["prompt"]) if "prompt" in columns else question, row.get(columns["answer"])
+    values = {part: value_of(row, column) for part, column in columns.items()}
     names = (columns["image"],) if "image" in columns else IMAGE_COLUMNS
-    images, used = images_of(row, names), {*columns.values(), "system", *names}
+    images = images_of({columns["image"]: values["image"]} if "image" in columns else row, names)
+    if "image" in columns and not images:
+        raise ValueError(f"no `{columns['image']}`")
+    used = {*columns.values(), "system", "history", *names}
+    if by_name:
+        refuse_pages(row, columns)
+    prompt, answer = values.get("prompt", question), values.get("answer")
     if isinstance(prompt, list) and isinstance(answer, list) and all(isinstance(m, dict) for m in prompt + answer):
         messages = tidy(with_weights(prompt, default=0) + answer)
         return Conversation(place_images(messages, images), None, used)
-    messages = [*_system(row), {"role": "user", "content": question or _text(row, columns["prompt"])}]
-    return Conversation(place_images(messages, images), _answers(row, columns["answer"]), used)
+    asked = question or _text({columns["prompt"]: prompt}, columns["prompt"])
+    messages = [*_system(row), *_history(row), {"role": "user", "content": asked}]
+    messages = place_images(with_weights(messages, default=1), images)
+    read, part = (json_of, "json") if "json" in columns else (answer_of, "answer")
+    return Conversation(messages, read(values[part], columns[part]), used)
 
 
 def _inst(row: JsonObject) -> Conversation:
-    _refuse_images(row, "text")
+    refuse_pages(row, {"answer": "text"})
     text, messages = _text(row, "text").strip(), []
     text = text.removeprefix("<s>").lstrip()
     if found := SYSTEM_PROMPT.match(text):
@@ -295,16 +315,6 @@ def _text(row: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"`{name}` must be a string, got {json.dumps(value)[:40]}")
     return value
-
-
-def _answers(row: JsonObject, name: str) -> str | list[str]:
-    """The answer in a column, or the list of right ones, as it stands."""
-    value = row.get(name)
-    if isinstance(value, dict) and value:
-        raise ValueError(f"`{name}` is an object; name a field of it: --map answer={name}.{next(iter(value))}")
-    if isinstance(value, list) and right_answers(row, name):
-        return value
-    return _text(row, name)
 
 
 def _list(row: JsonObject, name: str) -> list:

@@ -18,6 +18,8 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from mistral_ft.data import pdf
+from mistral_ft.data.foreign.file_kinds import HEAD, what_else
+from mistral_ft.data.foreign.paths import real_path, similar_path
 from mistral_ft.data.image_fitter import ImageFitter
 from mistral_ft.data.picture import heic, tiff
 from mistral_ft.data.picture.colours import to_rgb
@@ -103,7 +105,7 @@ def fingerprint(reference: str) -> str:
         with bytes_of(name) as file:
             digest = hashlib.sha256(file.read()).hexdigest()
     else:
-        digest = _file_hash(name)
+        digest = _file_hash(real_path(name))
     return hashlib.sha256(f"{digest} {page}".encode()).hexdigest() if page else digest
 
 
@@ -128,23 +130,33 @@ def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | pdf.Pdf
         with bytes_of(name) as file:
             if _is_pdf(file):
                 is_file = not is_data_url(name) and not table_of(name)
-                with pdf.PdfFile.opened(name if is_file else file.read()) as document:
+                with pdf.PdfFile.opened(real_path(name) if is_file else file.read()) as document:
                     yield document, page
             else:
                 with PillowFile.opened(file) as document:
                     yield document, page
     except FileNotFoundError:
-        raise ValueError(f"image {shown} does not exist") from None
+        there = similar_path(name)
+        raise ValueError(f"image {shown} does not exist{f'; there is {there}' if there else ''}") from None
     except Image.DecompressionBombError:
         limit = int(2 * (Image.MAX_IMAGE_PIXELS or 0) / 10**6)
         raise ValueError(
             f"image {shown} has more than {limit} million pixels; scale it down, or raise --max_image_pixels"
         ) from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {shown} cannot be opened: no PDF, and no image format that Pillow knows") from None
+        raise ValueError(f"image {shown} {_no_image(name)}") from None
     except Exception as error:  # a damaged file makes Pillow's readers raise anything, RuntimeError and IndexError too
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
         raise ValueError(f"image {shown} cannot be opened: {reason}") from None
+
+
+def _no_image(name: str) -> str:
+    """Why a file is none that Pillow or PDFium reads."""
+    with bytes_of(name) as file:
+        head = file.read(HEAD)
+    if found := what_else(head, name, rows=False):
+        return found
+    return f"cannot be opened: no PDF, and no image format that Pillow knows{'' if head else ': it is empty, 0 bytes'}"
 
 
 def bytes_of(name: str) -> IO[bytes]:
@@ -155,8 +167,11 @@ def bytes_of(name: str) -> IO[bytes]:
         from mistral_ft.data.tables import open_image_bytes  # imports datasets, which takes a second
 
         return open_image_bytes(name)
+    name = real_path(name)
+    if os.path.isdir(name):
+        raise ValueError("it is no file but a folder; name an image in it")
     if os.path.exists(name) and not os.path.isfile(name):
-        raise ValueError("it is no file")  # a folder, or a pipe that would be waited for
+        raise ValueError("it is no file")  # but a pipe, say, that would be waited for
     # Given a path, Pillow maps an uncompressed file into memory, and scrambles a TIFF that is stored sideways.
     return open(name, "rb")
 

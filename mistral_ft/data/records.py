@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
-from mistral_ft.data.formats import DIRECT, as_record, possible_formats
+from mistral_ft.data.foreign.unread import refuse_unread
+from mistral_ft.data.formats import DIRECT, as_record, how_to_map, possible_formats
 from mistral_ft.data.references import check_reference, expand_pages, resolve
-from mistral_ft.data.row_images import IMAGE_COLUMNS, check_tag
+from mistral_ft.data.row_images import IMAGE_COLUMNS, check_boxes, check_tag
 from mistral_ft.data.row_keys import right_answers
 from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
 from mistral_ft.errors import RecordError, UserError, raise_all
@@ -177,8 +178,14 @@ def find_images_dir(path: str | os.PathLike, images_dir: str | os.PathLike | Non
 
 def how_to_convert(path: Path, data: JsonObject) -> str:
     """What to add to the reason why a row is no record: the command, if it is one that other toolkits write."""
-    form = next(iter(possible_formats(data)), "native")
-    if form == "native" or form in DIRECT:
+    form = next(iter(possible_formats(data)), None)
+    try:
+        refuse_unread(data)
+    except ValueError:  # which no conversion mends
+        return ""
+    if form is None and "messages" not in data and data:
+        return f"; or {how_to_map(data)}"
+    if form in (None, "native", *DIRECT):
         return ""
     command = f"python -m reformat_data {shlex.quote(str(path))} {shlex.quote(f'{path.stem}-records.jsonl')}"
     return f"; this looks like a row of format {form}, which becomes a record by: {command}"
@@ -217,6 +224,8 @@ def check_record(data: JsonObject, expected_required: bool = False) -> None:
         raise ValueError("no message has role 'user'")
 
     answers, last = right_answers(data), messages[-1]["role"]
+    for answer in answers:
+        check_boxes(answer)
     if last not in ("user", "tool", "assistant"):
         raise ValueError(f"the last message must be the user's, a tool's or the assistant's, got {last!r}")
     if last == "assistant" and answers:
@@ -273,8 +282,7 @@ def _check_message(message: Json, previous: JsonObject | None) -> None:
             except ValueError as error:
                 raise ValueError(f"block {number}: {error}") from None
     elif isinstance(content, str):
-        if role == "user":
-            check_tag(content)
+        _check_tags(content, role)
     elif content is not None or not message.get("tool_calls"):
         raise ValueError(f"`content` must be a string or a list of blocks, got {kind_of(content)}")
     if column := next((name for name in IMAGE_COLUMNS if message.get(name)), None):
@@ -295,6 +303,12 @@ def _check_message(message: Json, previous: JsonObject | None) -> None:
             raise ValueError("thinking that is not `closed` must be the last thing in its message")
     if not isinstance(message.get("tool_call_id", ""), str):
         raise ValueError(f"`tool_call_id` must be a string, got {kind_of(message['tool_call_id'])}")
+
+
+def _check_tags(text: str, role: str) -> None:
+    if role in ("user", "tool"):
+        check_tag(text)
+    check_boxes(text)
 
 
 def _check_tool_calls(calls: Json) -> None:
@@ -339,8 +353,7 @@ def _check_block(block: Json, role: str) -> None:
             raise ValueError(f"`text` must be a string, got {kind_of(block.get('text'))}")
         if block.get("image") is not None:
             raise ValueError("a text with an `image`; put the image into a block of its own")
-        if role == "user":
-            check_tag(block["text"])
+        _check_tags(block["text"], role)
     elif kind == "image":
         if role != "user":
             raise ValueError(f"an image belongs in a user message, not in one of role {role!r}")

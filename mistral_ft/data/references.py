@@ -22,6 +22,15 @@ MOST_PAGES = 1000  # of one range: each is an image of thousands of tokens
 
 _MARK = "#page="
 IN_TABLE = re.compile(r"(?P<table>.+)#row=(?P<row>\d+)&column=(?P<column>[^&#]+)(?:&item=(?P<item>\d+))?", re.DOTALL)
+_BASE64 = {
+    "iVBORw0KGgo": "png",
+    "/9j/": "jpeg",
+    "UklGR": "webp",
+    "R0lGOD": "gif",
+    "SUkq": "tiff",
+    "TU0A": "tiff",
+    "Qk": "bmp",
+}
 _RANGE = re.compile(r"([1-9][0-9]{0,6})(?:-([1-9][0-9]{0,6}))?")
 
 
@@ -34,9 +43,17 @@ def check_reference(reference: str) -> None:
     kind = reference[:6].partition(":")[0].lower() if ":" in reference[:6] else ""
     if kind in ("http", "https"):
         raise ValueError(f"`image` is on the web: download it (wget {reference[:200]}) and write the file's path")
+    if kind != "file" and re.match(r"\w+://", reference):
+        raise ValueError(f"`image` is no file but an address, {reference[:200]}: download it and write the file's path")
     if kind == "file":
         path = unquote(urlsplit(reference).path)[:200]
         raise ValueError(f"`image` is a file: URL: write the path itself, {path} (reformat_data does so)")
+    if len(reference) > 200 and (
+        found := next((k for start, k in _BASE64.items() if reference.startswith(start)), None)
+    ):
+        raise ValueError(
+            f"`image` is base64 without its head: write data:image/{found};base64, before {reference[:20]}…"
+        )
     if kind == "data" and not re.match(r"data:[^,]*;base64,", reference[:200], re.IGNORECASE):
         raise ValueError(f"`image` is no base64 data URL (data:image/png;base64,…): {reference[:40]}")
     name, mark, numbers = reference.rpartition(_MARK)
@@ -44,7 +61,10 @@ def check_reference(reference: str) -> None:
         pages = _RANGE.fullmatch(numbers)
         first, last = (int(pages[1]), int(pages[2] or pages[1])) if pages else (1, 0)
         if not name or first > last:
-            raise ValueError(f"`image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not {reference[-40:]!r}")
+            raise ValueError(
+                f"`image` must name pages as a.pdf#page=3 or a.pdf#page=1-4 do, not {reference[-40:]!r}; "
+                "a file of such a name must be renamed"
+            )
         if last - first >= MOST_PAGES:
             raise ValueError(f"`image` asks for {last - first + 1:,} pages; at most {MOST_PAGES:,} make one record")
 

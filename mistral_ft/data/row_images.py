@@ -4,14 +4,18 @@ They go, in order, to the places that the user's messages keep for them: `<image
 an image. Where there are none, they are shown before the first question, as TRL and LLaVA do it.
 """
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 
-from mistral_ft.data.conversation import Message
+from mistral_ft.data.conversation import Message, parsed
 from mistral_ft.files import Json, JsonObject
 
 IMAGE_COLUMNS = ("image", "images")
 TAG = "<image>"
+BOXES = re.compile("<bbox>|<ref-object>")  # where ms-swift writes an object of the row
+CALLS, RESULTS = ("tool_call", "function_call"), ("tool_response", "observation")  # roles, elsewhere
 
 
 # Set where `<image>` in a text is text: what each process of a step reads.
@@ -30,6 +34,12 @@ def check_tag(text: str) -> None:
         raise ValueError(f"the text says {TAG}, and the row has no image for it; if it is text, give --keep_image_tag")
 
 
+def check_boxes(text: str) -> None:
+    """Raises ValueError if a text has a place for ms-swift's boxes, which would be learned letter by letter."""
+    if (found := BOXES.search(text)) and KEEP_TAG not in os.environ:
+        raise ValueError(f"the text says {found[0]}: write what it stands for; if it is text, give --keep_image_tag")
+
+
 def images_of(row: JsonObject, names: Sequence[str] = IMAGE_COLUMNS) -> list[str]:
     """The references of a row's images, from columns that hold one or a list of them.
 
@@ -43,6 +53,8 @@ def images_of(row: JsonObject, names: Sequence[str] = IMAGE_COLUMNS) -> list[str
 
 
 def _listed(value: Json) -> list[Json]:
+    if isinstance(value, str) and value.startswith("["):  # a list, as CSV has it
+        value = parsed(value)
     return value if isinstance(value, list) else [value]
 
 
@@ -51,7 +63,8 @@ def reference_of(value: Json) -> str:
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             raise ValueError("an image's bytes cannot stand in JSON: write its path, or a data: URL")
-        value = next((value[name] for name in ("path", "url") if value.get(name)), None)
+        value = next((value[name] for name in ("path", "url", "image_url") if value.get(name)), None)
+        value = value.get("url") if isinstance(value, dict) else value  # OpenAI's {"image_url": {"url": …}}
     if not isinstance(value, str) or not value:
         raise ValueError("an image must be a path, or a data: or file: URL")
     return value
@@ -61,7 +74,11 @@ def tidy(messages: list[Message]) -> list[Message]:
     """Messages as other libraries write them in this one's shape; what stays as it is is not copied.
 
     What is null is left out: tables have every key in every message and block. (Arguments of tools keep theirs.) Images
-    are named by `image`, whether they stood there, under `path` or `url`, or in `images` of the message.
+    are named by `image`, whether they stood there, under `path` or `url`, or in `images` of the message. Calls that are
+    messages of their own with JSON as text become `tool_calls`, results of them messages of role `tool`.
+
+    Raises:
+        ValueError: if that cannot be done, in one line.
     """
     return [_tidy_message(message) if isinstance(message, dict) else message for message in messages]
 
@@ -72,21 +89,37 @@ def _tidy_message(message: Message) -> Message:
         message["content"] = [_tidy_block(b) if isinstance(b, dict) else b for b in message["content"]]
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [without_nulls(c) if isinstance(c, dict) else c for c in message["tool_calls"]]
+    if message.get("role") in RESULTS:
+        message["role"] = "tool"
+    if message.get("role") in CALLS:
+        message |= {"role": "assistant", "content": "", "tool_calls": _calls(message.get("content"))}
     if message.get("role") == "user" and (images := images_of(message)):
         rest = {name: value for name, value in message.items() if name not in IMAGE_COLUMNS}
         return place_images([rest], images)[0]
     return message
 
 
+def _calls(content: Json) -> list[JsonObject]:
+    """Tool calls that stand in a message as text."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise ValueError(f'a tool call must be JSON as {{"name": …, "arguments": …}}, not {str(content)[:80]}')
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def _tidy_block(block: JsonObject) -> JsonObject:
     block = without_nulls(block)
-    if block.get("type") != "image":
+    if block.get("type") not in ("image", "image_url"):
         return block
     if isinstance(block.get("image"), dict):
         return block | {"image": reference_of(block["image"])}
-    if "image" not in block and (names := {"path", "url"} & block.keys()):
+    if "image" not in block and (names := {"path", "url", "image_url"} & block.keys()):
         rest = {name: value for name, value in block.items() if name not in names}
-        return rest | {"image": reference_of({name: block[name] for name in names})}
+        return rest | {"type": "image", "image": reference_of({name: block[name] for name in names})}
     return block
 
 
@@ -112,6 +145,9 @@ def place_images(messages: list[Message], images: Sequence[str]) -> list[Message
     places = len(shown) - len(named)
     left = [image for image in images if image not in named]
     if not places and not named:
+        others = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") in ("assistant", "tool")]
+        if TAG in str(others) and KEEP_TAG not in os.environ:
+            raise ValueError(f"{TAG} stands in another's message, not in the user's; move it into the question")
         first = messages[asked[0]].get("content")
         text: list[Json] = first if isinstance(first, list) else [{"type": "text", "text": first}] if first else []
         blocks = {asked[0]: [*({"type": "image", "image": image} for image in images), *text]}

@@ -3,10 +3,11 @@
 | source                                    | rows                                                          |
 |-------------------------------------------|---------------------------------------------------------------|
 | a.jsonl                                   | its lines, numbered from 1                                    |
-| a.json                                    | the values of the one JSON array that it is                   |
+| a.json                                    | the values of the one JSON array that it is, or of its `data`  |
 | a.parquet, a.csv, a.tsv, a folder, org/name, org/name:test | the rows of a `datasets` set, as tables.py reads it |
 """
 
+import functools
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mistral_ft.data.conversation import parsed
+from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
@@ -59,7 +62,7 @@ class RowSource:
 
             return len(open_table(str(self.path)))
         with open_file(self.path) as file:
-            if _is_array(file):
+            if _is_whole(file):
                 self._array = _load_array(Path(self.path))
                 return len(self._array)
             count, block = 0, b""
@@ -75,7 +78,7 @@ class RowSource:
             yield from read_table(str(self.path), self.images_dir)
             return
         with open_file(self.path) as file:
-            if _is_array(file):
+            if _is_whole(file):
                 array, self._array = self._array, None  # it takes memory no longer than it is read
                 array = _load_array(Path(self.path)) if array is None else array
                 yield from enumerate(map(_to_json, array), 1)
@@ -101,24 +104,36 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     """Open a data file to read its lines as bytes.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or it is one of another kind.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a JSONL file in it, such as {path / 'train.jsonl'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if reason := what_else(file.read(HEAD), path, rows=not is_table(path)):
+            raise UserError(f"{path}: {reason}")
     return open(path, "rb")
 
 
-def _is_array(file: BinaryIO) -> bool:
-    """Whether a file is one JSON array, by its first character; a byte order mark and blank lines aside.
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a file is one JSON array, by its first character, or in a .json file one object with rows in `data`; a
+    byte order mark and blank lines aside.
 
     A "[" that is closed on its own line begins a JSONL file whose first row is wrong.
     """
     first = next(filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)), b"")
     second = next(filter(None, map(bytes.strip, file)), b"")
     file.seek(0)
+    if first.startswith(b"{") and str(file.name).endswith(".json") and not (first.endswith(b"}") and second):
+        whole = file.read()
+        file.seek(0)
+        try:
+            found = json.loads(whole)
+        except (ValueError, RecursionError):
+            return False
+        return bool(second) or (isinstance(found.get("data"), list) and not {"messages", "text"} & found.keys())
     return first.startswith(b"[") and not (first.endswith(b"]") and second)
 
 
@@ -126,13 +141,18 @@ def _load_array(path: Path) -> list[Json]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+        reason = f"not UTF-8 text: {error.reason} at byte {error.start + 1}"
+        raise UserError(f"{path}: {reason}; {to_utf8(path)}") from None
     try:
-        return json.loads(text, parse_constant=_nothing)
+        rows = json.loads(text, parse_constant=_nothing)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: nested too deeply, or with numbers too long, to be read") from None
+    if isinstance(rows, dict) and not isinstance(rows.get("data"), list):
+        hint = f": python -m reformat_data {path} OUT" if path.name == "dataset_info.json" else "; write a list of rows"
+        raise UserError(f"{path}: is one JSON object, without rows in `data`{hint}")
+    return rows["data"] if isinstance(rows, dict) else rows
 
 
 def _nothing(constant: str) -> None:
@@ -151,7 +171,7 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
     """
     for number, raw in source:
         try:
-            data = parse_line(raw, first=number == 1)
+            data = parse_line(raw, first=number == 1, path=source.path)
         except ValueError as error:
             errors.append(RecordError(source.path, number, str(error)))
         else:
@@ -159,11 +179,15 @@ def read_objects(source: RowSource, errors: list[RecordError]) -> Iterator[tuple
                 yield number, data
 
 
-def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
+def parse_line(
+    raw: bytes, first: bool = False, path: str | os.PathLike = "", repeated: list[str] | None = None
+) -> JsonObject | None:
     """The JSON object of one line of a JSONL file, or None if the line is blank.
 
     Args:
         first: whether it is the file's first line, which may start with a byte order mark.
+        path: the file, for the command that mends it.
+        repeated: where to put keys that stand twice in one object, of which only the last is read; None looks for none.
 
     Raises:
         ValueError: what is wrong, in one line, without the place.
@@ -172,13 +196,15 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text, parse_constant=_nothing)
+        hook = None if repeated is None else functools.partial(_as_object, repeated)
+        data = json.loads(text, parse_constant=_nothing, object_pairs_hook=hook)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
-        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+        hint = f"; {to_utf8(path)}" if path else ""
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start + 1}{hint}") from None
     except json.JSONDecodeError as error:
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
@@ -189,6 +215,14 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         raise ValueError(f"expected a JSON object, got {kind_of(data)}")
     if half:
         raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
+    return data
+
+
+def _as_object(repeated: list[str], pairs: list[tuple[str, Json]]) -> JsonObject:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated += [name for name in data if names.count(name) > 1]
     return data
 
 
@@ -210,14 +244,26 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
             return f"trailing comma at {place(comma.start())}: JSON allows none, remove it"
     if not text[error.pos :].strip() or error.msg.startswith("Unterminated string"):
         return f"the line ends in the middle of the record ({place(len(text.rstrip()) - 1)}): is the file cut off?"
-    return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}"
+    zeros = (
+        "; NUL bytes are what a download or copy leaves that broke off: fetch the file again" if "\0" in text else ""
+    )
+    return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}{zeros}"
 
 
 def look_up(row: JsonObject, field: str) -> Json:
-    """A field's value, a.b for nested ones unless the row has a field of just that name; None if there is none."""
+    """A field's value; None if there is none.
+
+    Args:
+        field: `a.b` for nested ones unless the row has a field of just that name. Text on the way that is JSON is read,
+            and items of lists have numbers from 0.
+    """
     value: Json = row
     for name in [field] if field in row else field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        value = parsed(value) if isinstance(value, str) else value
+        if isinstance(value, list) and name.isdecimal():
+            value = dict(enumerate(value)).get(int(name))
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
     return value
 
 

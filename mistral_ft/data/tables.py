@@ -10,6 +10,7 @@ import datetime
 import glob
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 
+from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
 from mistral_ft.data.references import IN_TABLE
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json
@@ -36,11 +38,16 @@ def open_table(source: str) -> datasets.Dataset:
         UserError: if it cannot be read, in one line.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here
     huggingface_hub.utils.logging.set_verbosity_error()
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        if reason := what_else(head, path, rows=not path.endswith(".parquet")):
+            raise UserError(f"{source}: {reason}")
     try:
         if Path(path).is_file():
             read = datasets.Dataset.from_parquet if path.endswith(".parquet") else datasets.Dataset.from_csv
@@ -53,6 +60,8 @@ def open_table(source: str) -> datasets.Dataset:
         reason = (str(error) or repr(error)).splitlines()[0][:300]
         if not Path(path).exists():
             raise UserError(f"{source}: no such file or folder, and no data set of the hub: {reason}") from None
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(f"{source}: not UTF-8 text; {to_utf8(path)}") from None
         raise UserError(f"{source}: cannot be read as a table: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))

@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path, PurePosixPath
 
+from mistral_ft.data.foreign.paths import real_path
 from mistral_ft.data.pages import PillowFile, bytes_of, open_image, opened
 from mistral_ft.data.references import check_reference, is_data_url, split_page, table_of
 
@@ -40,7 +41,7 @@ def find_page(images_dir: str | os.PathLike, reference: str) -> str:
     if not name or "\0" in name or ".." in parts or name.startswith(("/", "\\")) or Path(name).is_absolute():
         raise ValueError("image paths must be relative to the images' folder, without ..; this one is not opened")
     try:
-        path = (folder / name).resolve()
+        path = Path(real_path(str(folder / name))).resolve()
         if not path.is_relative_to(folder):
             raise ValueError("the image is a link that leads out of the images' folder; it is not opened")
         if not path.exists():

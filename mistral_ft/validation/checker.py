@@ -66,6 +66,7 @@ LONG_ANSWER = Kind("very long answers", fatal=False)
 ROUND_TRIP = Kind("answers that the tokenizer does not give back", fatal=False)
 BROKEN_JSON = Kind("answers that are broken JSON", fatal=False)
 MIXED = Kind("answers of mixed formats", fatal=False)
+REPEATED = Kind("keys that stand twice in an object", fatal=False)
 CONTROL = Kind("texts that look like control tokens", fatal=False)
 OUTSIDE = Kind("images outside of their folder", fatal=False)
 SMALL = Kind("pages too small to read", fatal=False)
@@ -149,8 +150,9 @@ class RowChecker:
 
     def check(self, raw: bytes, line: int, source: Source) -> Checked | None:
         """Everything about one line of a file; None if it is blank."""
+        repeated: list[str] = []
         try:
-            data = parse_line(raw, first=line == 1)
+            data = parse_line(raw, line == 1, source.path, repeated)
         except ValueError as error:
             return Checked([Problem(LINE, str(error))])
         if data is None:
@@ -161,11 +163,15 @@ class RowChecker:
         except ValueError as error:
             return Checked([Problem(RECORD, f"{error}{how_to_convert(source.path, data)}")])
         try:
-            return self._check_record(Record(source.path, line, data, source.images_dir), source)
+            found = self._check_record(Record(source.path, line, data, source.images_dir), source)
         except ValueError as error:
             return Checked([Problem(RECORD, str(error))])
         except RecursionError:  # deep enough to be read, too deep to be written
             return Checked([Problem(LINE, "nested too deeply to be read")])
+        if repeated:
+            text = f"`{repeated[0]}` stands twice in an object, and only the last is read; remove one"
+            return found._replace(problems=[*found.problems, Problem(REPEATED, text)])
+        return found
 
     def _check_record(self, record: Record, source: Source) -> Checked:
         data, messages = record.data, record.conversation

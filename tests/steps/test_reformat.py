@@ -253,12 +253,14 @@ FAULTS = {
     "unknown speaker": (
         "sharegpt",
         {"conversations": turns(("bing", "Q"))},
-        "turn 1: unknown `from` 'bing'; expected human, user, gpt, assistant, system",
+        "turn 1: unknown `from` 'bing'; expected human, user, gpt, assistant, system, tool, function_call, "
+        "observation, tool_call, tool_response",
     ),
     "speaker of a wrong type": (
         "sharegpt",
         {"conversations": turns(([], "Q"))},
-        "turn 1: unknown `from` []; expected human, user, gpt, assistant, system",
+        "turn 1: unknown `from` []; expected human, user, gpt, assistant, system, tool, function_call, "
+        "observation, tool_call, tool_response",
     ),
     "question last": (
         "sharegpt",
@@ -300,8 +302,8 @@ FAULTS = {
     "no columns": (
         "columns",
         {"q": "Q"},
-        "has none of prompt/response, prompt/completion, question/answer; name the columns: --map prompt=COLUMN "
-        "--map answer=COLUMN",
+        "has none of prompt/response, prompt/completion, question/answer, query/response, question/answers; name the "
+        "columns: --map prompt=COLUMN --map answer=COLUMN",
     ),
     "open turn": ("inst", {"text": "<s>[INST] Q"}, "`text` is no chain of [INST] question [/INST] answer</s>"),
     "turn within a turn": (
@@ -373,7 +375,7 @@ def test_llava_files_may_hold_rows_without_image(tmp_path, run_cli):
         ("[]", ": holds no row"),
         ("7", ": holds no row; {path}:1: expected a JSON object, got the number 7"),
         ("[1,", ": the line ends in the middle of the record (column 3): is the file cut off?"),
-        ('{"a": 1, "b": 2}', ":1: a row of no known format, with the fields a, b; name its columns: --map prompt="),
+        ('{"a": 1, "b": 2}', ":1: a row of no known format, with the fields a, b; name its columns: python -m "),
         ('{"prompt": 1, "response": 2}', ": nothing to write, all rows were left out; row 1: `prompt` must be a"),
     ],
 )
