@@ -286,7 +286,7 @@ def watched(*command: object) -> Iterator[tuple[subprocess.Popen[str], list[floa
     def look() -> None:
         while step.poll() is None:
             memory.append(memory_mib(step.pid))
-            time.sleep(0.05)
+            time.sleep(0.5)
 
     threading.Thread(target=look, daemon=True).start()
     try:

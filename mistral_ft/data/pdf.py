@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -154,9 +154,9 @@ class _Reader:
 
     def open(self, source: str | bytes) -> None:
         self.opened, self.answered = self.opened + 1, 0
-        is_path = isinstance(source, str)
-        where = {"path": source} if is_path else {"bytes": len(source)}
-        self._send({"seconds": _seconds(), "memory": MEMORY} | where, b"" if is_path else source)
+        data = b"" if isinstance(source, str) else source
+        where: JsonObject = {"path": source} if isinstance(source, str) else {"bytes": len(source)}
+        self._send({"seconds": _seconds(), "memory": MEMORY} | where, data)
 
     def close(self) -> None:
         self._send({"close": True})
@@ -170,7 +170,8 @@ class _Reader:
         answers = self.process.stdout
         assert answers
         self._send(request)
-        self._wait(may_be_slow)
+        if os.name != "nt":  # where a pipe cannot be waited for, and the review page does not run
+            self._wait(answers, may_be_slow)
         try:
             answer = json.loads(answers.readline())
             if "draw" in request and "error" not in answer:
@@ -185,12 +186,10 @@ class _Reader:
         self.answered += 1
         return answer
 
-    def _wait(self, may_be_slow: Callable[[], bool]) -> None:
-        """Until there is an answer, or this may be slow; on Windows, where the review page does not run, not at all."""
-        if os.name == "nt":
-            return
+    def _wait(self, answers: IO[bytes], may_be_slow: Callable[[], bool]) -> None:
+        """Wait for an answer until it may be slow to come; raises _ReaderLostError if it may not."""
         before, worked = self._worked(), 0.0
-        while not multiprocessing.connection.wait([self.process.stdout], QUICK - worked + 0.02):
+        while not multiprocessing.connection.wait([answers.fileno()], QUICK - worked + 0.02):
             worked = self._worked() - before
             if worked < QUICK:
                 continue
