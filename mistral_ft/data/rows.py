@@ -8,12 +8,14 @@
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from mistral_ft.data.json_fields import has_half, is_too_deep
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
@@ -128,7 +130,7 @@ def _load_array(path: Path) -> list[Json]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     try:
-        return json.loads(text, parse_constant=_nothing)
+        return json.loads(text, parse_constant=_nothing, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
@@ -137,6 +139,13 @@ def _load_array(path: Path) -> list[Json]:
 
 def _nothing(constant: str) -> None:
     """What NaN and Infinity are read as: no JSON has them, but pandas writes them for a value that is missing."""
+
+
+def _finite(text: str) -> float:
+    """A number that can be written again: Python reads those from 1.8e308 on as Infinity, which is no JSON."""
+    if math.isinf(number := float(text)):
+        raise UserError(f"holds the number {text[:20]}, which is too large to be read: the largest is 1.8e308")
+    return number
 
 
 def _to_json(value: Json) -> bytes:
@@ -172,9 +181,9 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text, parse_constant=_nothing)
+        data = json.loads(text, parse_constant=_nothing, parse_float=_finite)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
-        half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
+        half = r"\ud" in text.lower() and has_half(json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
@@ -183,10 +192,14 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
+    except UserError:
+        raise
     except ValueError:  # Python's limit against numbers that take minutes to read
         raise ValueError("holds a number of more than 4300 digits") from None
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {kind_of(data)}")
+    if is_too_deep(text, data):
+        raise ValueError("nested too deeply to be read")
     if half:
         raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
     return data

@@ -3,13 +3,14 @@
 import json
 import math
 
+from mistral_ft.data.json_fields import fields_of
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import check_record
 from mistral_ft.data.references import check_reference, expand, is_data_url
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.diff import diff
-from mistral_ft.scoring.metrics import answer_of, fields_of, grade
+from mistral_ft.scoring.metrics import answer_of, grade
 
 LONGEST_SHOWN = 100_000  # characters of one text
 

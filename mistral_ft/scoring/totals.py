@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from mistral_ft.data.json_fields import fields_of
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of
 from mistral_ft.data.rows import parse_line
@@ -22,7 +23,7 @@ from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
 from mistral_ft.scoring.confidence import confidence_of
-from mistral_ft.scoring.metrics import FOLDS, Grade, answer_of, fields_of, grade
+from mistral_ft.scoring.metrics import FOLDS, Grade, answer_of, grade
 from mistral_ft.scoring.mistakes import Mistakes
 from mistral_ft.scoring.perplexity import Texts, is_scored
 from mistral_ft.scoring.statistics import wilson

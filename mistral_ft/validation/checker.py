@@ -76,10 +76,21 @@ LEAK = Kind("rows of --eval that training has seen", fatal=False)
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with one row."""
+    """One thing that is wrong with one row; `name` is what in the text is the row's own, if it stands in no quotes."""
 
     kind: Kind
     text: str
+    name: str = ""
+
+
+class Place(NamedTuple):
+    """A line of a file, counted from 1; 0 for all of it."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 class Source(NamedTuple):
@@ -126,8 +137,8 @@ class CheckedRow(NamedTuple):
     found: Checked
 
     @property
-    def place(self) -> str:
-        return f"{self.source.path}:{self.line}"
+    def place(self) -> Place:
+        return Place(str(self.source.path), self.line)
 
 
 class RowChecker:
@@ -204,22 +215,24 @@ class RowChecker:
         problems = []
         path = Path(split_page(name)[0])
         if not is_data_url(name) and (path.is_absolute() or ".." in path.parts):
-            problems.append(Problem(OUTSIDE, f"image {name} is not below {folder}: copy it there, to keep data in one"))
+            text = f"image {name} is not below {folder}: copy it there, to keep data in one"
+            problems.append(Problem(OUTSIDE, text, name))
         # Images within the rows come once, and would fill the memory.
-        page = (self._open_page if is_data_url(name) else self._open)(resolve(name, folder))
+        reference, name = resolve(name, folder), name[:200]
+        page = (self._open_page if is_data_url(name) else self._open)(reference)
         if isinstance(page, str):
-            return [*problems, Problem(IMAGE, page)], None
-        size = f"image {name[:200]} of {page.width} × {page.height} px"
+            return [*problems, Problem(IMAGE, page, reference[:300])], None
+        size = f"image {name} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
-            problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution"))
+            problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution", name))
         if self.fitter:
             try:
                 self.fitter.grid(page.width, page.height)
             except ValueError as error:
-                return [*problems, Problem(IMAGE, f"{size}: {error}")], None
+                return [*problems, Problem(IMAGE, f"{size}: {error}", name)], None
             factor = max(page.width, page.height) / self.fitter.longest_edge
             if factor > MOST_SHRUNK:
-                problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts"))
+                problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts", name))
         return problems, page
 
     def _open_page(self, reference: str) -> Page | str:
@@ -255,13 +268,18 @@ class RowChecker:
         return problems, Tokens(len(ids) - image_tokens - len(answer), image_tokens, len(answer))
 
 
-def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
+def texts_of(messages: Sequence[JsonObject]) -> list[str]:
+    """Every text in checked messages, thinking too."""
     texts = []
     for message in messages:
         content = message.get("content") or ""
         for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             texts.append(thinking_text(block) if block["type"] == "thinking" else block.get("text") or "")
-    found = sorted({name for text in texts for name in LOOK_ALIKE.findall(text)})
+    return texts
+
+
+def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
+    found = sorted({name for text in texts_of(messages) for name in LOOK_ALIKE.findall(text)})
     if not found:
         return []
     remedy = 'write blocks of type "thinking"' if "[THINK]" in found else "remove it if it is no text"
@@ -348,7 +366,7 @@ def mark_trained(processor: Processor, row: CheckedRow) -> str:
     return mark_learned(processor.encoder, ids, labels)
 
 
-def describe(place: str, problem: Problem) -> str:
+def describe(place: Place, problem: Problem) -> str:
     """A problem on one line of at most 500 characters, without those that act on a terminal."""
     text = f"{place}: {'' if problem.kind.fatal else 'warning: '}{problem.text}"
     return "".join(c if c.isprintable() else " " for c in (text if len(text) <= 500 else f"{text[:499]}…"))
