@@ -125,7 +125,7 @@ def main() -> int | None:
     if processor and is_measured(processor.folder) and len(lengths := tally.lengths()):
         training = list(describe_training(lengths, tally.longest()))
     for text in (*tally.summary(fitter), *training, *tally.verdict()):
-        print(text)
+        print(visible(text, len(text)))
     if args.report:
         from mistral_ft.validation.report import report  # slow to import
 

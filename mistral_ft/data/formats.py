@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mistral_ft.data.conversation import Message, with_weights
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
 from mistral_ft.files import Json, JsonObject
 
@@ -93,8 +94,8 @@ def as_record(row: JsonObject) -> JsonObject:
         row = _show_images(row)
     if isinstance(row.get("tools"), str):
         try:
-            row = row | {"tools": json.loads(row["tools"])}
-        except (ValueError, RecursionError):
+            row = row | {"tools": read_json(row["tools"], halves=False)}
+        except ValueError:
             raise ValueError("`tools` is text that is no JSON") from None
     return row
 

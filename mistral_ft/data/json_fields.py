@@ -1,15 +1,18 @@
 """JSON answers: their fields, each with a path that no other field has."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 
+from mistral_ft.errors import UserError
 from mistral_ft.files import Json
 
 DEEPEST = 200  # objects and lists within each other: few enough for any Python to walk through and write again
 
 _HALF = re.compile("[\ud800-\udfff]")
 _MISREAD = re.compile(r"""^$|^\d+$|[.\s"[]""")  # in a path: what is empty, looks like a place in a list, or divides
+_PART = re.compile(r"""(?:^|\.)("(?:[^"\\]|\\.)*"(?=\.|$)|[^.]*)""")
 
 
 def is_too_deep(text: str, data: Json) -> bool:
@@ -32,15 +35,39 @@ def has_half(text: str) -> bool:
     return not text.isascii() and _HALF.search(text) is not None
 
 
+def finite(text: str) -> float:
+    """A number that can be written again: Python reads those from 1.8e308 on as Infinity, which is no JSON."""
+    if math.isinf(number := float(text)):
+        raise UserError(f"holds the number {text[:20]}, which is too large to be read: the largest is 1.8e308")
+    return number
+
+
+def read_json(text: str, halves: bool = True) -> Json:
+    """The JSON that a text of a row is.
+
+    Args:
+        halves: whether it may hold half a surrogate pair, which tools and their arguments may not: they become text.
+
+    Raises:
+        ValueError: what is wrong, in one line; NaN and Infinity, which Python reads, are none.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError("nested too deeply to be read") from None
+    if is_too_deep(text, data):
+        raise ValueError("nested too deeply to be read")
+    if not halves and r"\ud" in text.lower() and has_half(json.dumps(data, ensure_ascii=False)):
+        raise ValueError("half a surrogate pair (\\ud800 to \\udfff) is no text")
+    return data
+
+
 def parse_answer(text: str | None) -> Json:
     """The JSON object or list that an answer is; None for any other text."""
-    if not text or text.lstrip()[:1] not in ("{", "["):
-        return None
     try:
-        data = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        return read_json(text) if text and text.lstrip()[:1] in ("{", "[") else None
+    except ValueError:
         return None
-    return None if is_too_deep(text, data) else data
 
 
 def fields_of(text: str | None) -> dict[str, str] | None:
@@ -76,8 +103,25 @@ def field_name(key: str) -> str:
     return key if key.isprintable() and not _MISREAD.search(key) else json.dumps(key)
 
 
+def keys_of(path: str) -> list[str]:
+    """The keys that a path leads through; what no path has is taken as it stands, such as all between two dots."""
+    return [_key(part) for part in _PART.findall(path)]
+
+
+def _key(part: str) -> str:
+    try:
+        return json.loads(part) if part.startswith('"') else part
+    except ValueError:
+        return part
+
+
+def written_key(key: str) -> str:
+    """A key as files hold it: one with half a surrogate pair, which none takes, as paths show it."""
+    return field_name(key) if has_half(key) else key
+
+
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")  # though Python reads NaN and Infinity
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _value(value: Json) -> str:

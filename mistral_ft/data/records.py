@@ -13,7 +13,6 @@ A row may also be {"text": str}, plain text that is learned whole; or what `form
 record when it is read. Fields that are not named here are the user's and travel through predict untouched.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.formats import DIRECT, as_record, possible_formats
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.row_images import IMAGE_COLUMNS, check_tag
 from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
@@ -302,8 +302,8 @@ def _check_tool_calls(calls: Json) -> None:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
+                arguments = read_json(arguments, halves=False)
+            except ValueError:
                 raise ValueError(f"`arguments` of {function['name']} are no JSON") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")

@@ -8,14 +8,13 @@
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mistral_ft.data.json_fields import has_half, is_too_deep
+from mistral_ft.data.json_fields import finite, has_half, is_too_deep
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
@@ -130,7 +129,7 @@ def _load_array(path: Path) -> list[Json]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     try:
-        return json.loads(text, parse_constant=_nothing, parse_float=_finite)
+        return json.loads(text, parse_constant=_nothing, parse_float=finite)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
@@ -139,13 +138,6 @@ def _load_array(path: Path) -> list[Json]:
 
 def _nothing(constant: str) -> None:
     """What NaN and Infinity are read as: no JSON has them, but pandas writes them for a value that is missing."""
-
-
-def _finite(text: str) -> float:
-    """A number that can be written again: Python reads those from 1.8e308 on as Infinity, which is no JSON."""
-    if math.isinf(number := float(text)):
-        raise UserError(f"holds the number {text[:20]}, which is too large to be read: the largest is 1.8e308")
-    return number
 
 
 def _to_json(value: Json) -> bytes:
@@ -181,7 +173,7 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text, parse_constant=_nothing, parse_float=_finite)
+        data = json.loads(text, parse_constant=_nothing, parse_float=finite)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and has_half(json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from mistral_ft.data.json_fields import fields_of
+from mistral_ft.data.json_fields import fields_of, keys_of
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of
 from mistral_ft.data.rows import parse_line
@@ -92,7 +92,8 @@ class Options:
 
     Attributes:
         folds: what normalised exact match makes equal (see `metrics.fold`).
-        by: the field to slice by: a record's, dots for nested ones, or "answer_length" or "page_size"; None for none.
+        by: the field to slice by: a record's, dots for nested ones (a path as in `json_fields`), or "answer_length" or
+            "page_size"; None for none.
         images_dir: folder of the images, for page_size.
         keep_wrong: whether to return the wrong rows.
         keep_pairing: whether to return what pairs the rows of two files, and their grades.
@@ -312,7 +313,7 @@ def slice_of(row: JsonObject, by: str, images_dir: Path) -> str:
     """The slice that a row belongs to, as text of at most 200 characters; see `Options`."""
     value: Json = row
     # A field's own name may hold dots.
-    for key in [by] if by in row else by.split("."):
+    for key in [by] if by in row else keys_of(by):
         value = value.get(key) if isinstance(value, dict) else None
     if by not in row and by == "answer_length":
         return _bucket(len(row["expected"].strip()), LENGTHS, "characters")

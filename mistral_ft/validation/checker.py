@@ -6,7 +6,6 @@ files may have millions of rows.
 
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -22,6 +21,7 @@ from typing import NamedTuple
 from mistral_ft.data.conversation import thinking_text
 from mistral_ft.data.formats import as_record
 from mistral_ft.data.image_fitter import TEXT_ONLY
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.pages import fingerprint, open_image, page_size
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import (
@@ -293,8 +293,8 @@ def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
     if not expected.lstrip().startswith("{"):
         return False, []
     try:
-        return isinstance(json.loads(expected), dict), []
-    except (ValueError, RecursionError) as error:
+        return isinstance(read_json(expected), dict), []
+    except ValueError as error:
         return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
 
 
