@@ -153,7 +153,7 @@ def loss_plot(history: Sequence[JsonObject], best_step: int | None) -> str:
     return svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
 
 
-def histogram(values: np.ndarray, title: str, unit: str, counted: str = "rows") -> str:
+def histogram(values: np.ndarray, title: str, unit: str) -> str:
     """How many rows have how much of something; on a logarithmic axis if few have far more than the others.
 
     Args:
@@ -166,18 +166,18 @@ def histogram(values: np.ndarray, title: str, unit: str, counted: str = "rows") 
         figure, axes = _axes(4.2, 2.8)
         if skewed:
             # From 1 on: a logarithmic axis has no 0.
-            axes.hist(values.clip(min=1), bins=np.geomspace(max(1, low), high + 1, 41), color=ACCENT)
+            axes.hist(values.clip(min=1), bins=np.geomspace(max(1, low), high + 1, 41).tolist(), color=ACCENT)
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         else:
             step = -(-(high - low + 1) // 40)
-            axes.hist(values, bins=np.arange(low, high + step + 1, step) - 0.5, color=ACCENT)
+            axes.hist(values, bins=(np.arange(low, high + step + 1, step) - 0.5).tolist(), color=ACCENT)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.set_xlim(min(low, high - 4) - 1, max(high, low + 4) + step)  # one value makes no block
-        axes.set(xlabel=unit, ylabel=counted, title=title)
+            axes.set_xlim(max(-1, min(low, high - 4) - 1), max(high, low + 4) + step)  # one value makes no block
+        axes.set(xlabel=unit, ylabel="rows", title=title)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="x", visible=False)
-        return _svg(figure, f"{title}: {unit} against {counted}")
+        return _svg(figure, f"{title}: {unit} against rows")
 
 
 def page_sizes_plot(sizes: np.ndarray) -> str:
@@ -190,7 +190,7 @@ def page_sizes_plot(sizes: np.ndarray) -> str:
     dots, counts = np.unique((sizes // step) * step, axis=0, return_counts=True)
     with _style():
         figure, axes = _axes(4.2, 2.8)
-        axes.scatter(*dots.T, s=12 + 150 * counts / counts.max(), color=ACCENT, alpha=0.6, linewidths=0)
+        axes.scatter(dots[:, 0], dots[:, 1], s=12 + 150 * counts / counts.max(), color=ACCENT, alpha=0.6, linewidths=0)
         axes.set(xlabel="width, pixels", ylabel="height, pixels", title="Page sizes")
         axes.set(xlim=(0, 1.08 * dots[:, 0].max()), ylim=(0, 1.08 * dots[:, 1].max()))
         for axis in (axes.xaxis, axes.yaxis):

@@ -135,7 +135,7 @@ def json_fields_of(row: JsonObject) -> list[list[Json]] | None:
         return None
     found = fields_of(answer_of(row)) or {}
     sure = (confidences_of(row) or {}).get("fields", {})
-    keys = {}  # by path: the key at the top, whose confidence it has
+    keys: dict[str, str] = {}  # by path: the key at the top, whose confidence it has
     for answer in (parse_answer(row["expected"]), parse_answer(answer_of(row))):
         for key, value in answer.items() if isinstance(answer, dict) else ():
             keys |= dict.fromkeys((path for path, _ in flatten(value, field_name(key))), written_key(key))
