@@ -129,7 +129,7 @@ def _load_array(path: Path) -> list[Json]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     try:
-        return json.loads(text, parse_constant=_nothing, parse_float=finite)
+        return _decode(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
@@ -138,6 +138,9 @@ def _load_array(path: Path) -> list[Json]:
 
 def _nothing(constant: str) -> None:
     """What NaN and Infinity are read as: no JSON has them, but pandas writes them for a value that is missing."""
+
+
+_decode = json.JSONDecoder(parse_constant=_nothing, parse_float=finite).decode  # json.loads would make one for each row
 
 
 def _to_json(value: Json) -> bytes:
@@ -173,7 +176,7 @@ def parse_line(raw: bytes, first: bool = False) -> JsonObject | None:
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        data = json.loads(text, parse_constant=_nothing, parse_float=finite)
+        data = _decode(text)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
         half = r"\ud" in text.lower() and has_half(json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
@@ -205,6 +208,8 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         column = f"column {position - text.rfind(chr(10), 0, position)}"
         return f"line {line + 1}, {column}" if "\n" in text.strip() else column
 
+    if text.startswith("\ufeff"):
+        return "not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig)"
     if text.strip() in ("[", "{"):
         return "not one JSON object per line: write each record on a line of its own, with no list around them"
     if text.startswith(("//", "/*", "#"), error.pos):
