@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ft.cli import ArgumentParser, run_step
-from mistral_ft.data.pages import limit_pixels
+from mistral_ft.data.pages import limit_pages
 from mistral_ft.data.records import MAX_NEW_TOKENS, MAX_SEQ_LENGTH, read_records
 from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.distributed import (
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", metavar="FILE", help="predictions file (default: ./<name>.jsonl)")
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: the dataset's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
+    parser.add_argument("--pdf_seconds", type=float, help="seconds of work a page of a PDF may take (default: 20)")
     parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
     parser.add_argument(
         "--max_new_tokens",
@@ -117,7 +118,7 @@ def main() -> int:
     args = parse_arguments()
     args.model = locate(args.model)
     silence_others()
-    limit_pixels(args.max_image_pixels)
+    limit_pages(args.max_image_pixels, args.pdf_seconds)
     keep_image_tag(args.keep_image_tag)
     records = read_records([args.dataset], args.images_dir)[: args.limit]
 
@@ -158,6 +159,7 @@ def main() -> int:
         "dataset": [sha256_file(file) for file in data_files(args.dataset)],
         "images_dir": args.images_dir,
         "max_image_pixels": args.max_image_pixels,
+        "pdf_seconds": args.pdf_seconds,
         "model": folders.fingerprint(),
         "max_seq_length": args.max_seq_length,
         "max_new_tokens": args.max_new_tokens,

@@ -26,10 +26,10 @@ from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, data_files, read_objects
+from mistral_ft.data.rows import RowSource, data_files, look_up, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.files import Json, JsonObject, atomic_write, check_target
+from mistral_ft.files import JsonObject, atomic_write, check_target
 from mistral_ft.progress import Progress
 
 FIRST_ROWS = 100  # that the format is told by
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         "--map",
         action="append",
         metavar="PART=COLUMN",
-        help="which column is `prompt`, `answer`, `image`; once for each",
+        help="which column is `prompt`, `answer` (lists too), `image`; once for each; a.b for nested ones",
     )
     parser.add_argument("--question", help="of all rows, with --map answer=COLUMN and none for `prompt`")
     parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
@@ -103,14 +103,6 @@ def has_value(row: JsonObject, field: str, value: str) -> bool:
     """Whether a field, a.b for nested ones, has a value as the command line spells it."""
     found = look_up(row, field)
     return found == value if isinstance(found, str) else found is not None and json.dumps(found) == value
-
-
-def look_up(row: JsonObject, field: str) -> Json:
-    """A field's value, a.b for nested ones; None if there is none."""
-    value: Json = row
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def find_format(path: Path, rows: list[tuple[int, JsonObject]], columns: dict[str, str] | None) -> str:

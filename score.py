@@ -3,8 +3,9 @@
     python -m score <name>.jsonl [-e errors.jsonl] [--by FIELD] [--compare OTHER.jsonl]
 
 The first line printed is "Accuracy = hits/count = x" with its 95 % interval. An answer is right if it equals the
-expected one, white space around both aside. Rows that predict could not answer (with `error`, or without `actual`)
-count as wrong; rows without `expected` cannot be scored and are left out; both are named on stderr.
+expected one, or one of them where `expected` is a list, white space around both aside. Rows that predict could not
+answer (with `error`, or without `actual`) count as wrong; rows without `expected` cannot be scored and are left out;
+both are named on stderr.
 
 --compare says whether FILE is better than OTHER on the same rows, and lists what it fixed and broke. Rows of plain text
 are scored by perplexity instead.

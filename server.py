@@ -23,6 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("file", help="JSONL file of records, with `actual` or without")
     parser.add_argument("-i", "--images_dir", help="folder that image paths are relative to (default: the file's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
+    parser.add_argument("--pdf_seconds", type=float, help="seconds of work a page of a PDF may take (default: 20)")
     parser.add_argument("-p", "--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument(
@@ -109,7 +110,7 @@ def main() -> None:
     # 4. The files, and the log of the review.
     import uvicorn
 
-    from mistral_ft.data.pages import limit_pixels
+    from mistral_ft.data.pages import limit_pages
     from mistral_ft.review.app import ReviewApp
     from mistral_ft.review.desk import Desk
     from mistral_ft.review.log import ReviewLog
@@ -118,7 +119,7 @@ def main() -> None:
     other = check_input(args.compare) if args.compare else None
     if other and other.resolve() == path.resolve():
         raise UserError(f"--compare {other}: is the file itself")
-    limit_pixels(args.max_image_pixels)
+    limit_pages(args.max_image_pixels, args.pdf_seconds)
     listening = listen(args.host, args.port)
     port = listening.getsockname()[1]
     log = ReviewLog(path)

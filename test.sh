@@ -19,7 +19,7 @@ END
     ;;
 esac
 
-set_up .installed-dev requirements-dev.txt requirements.txt requirements-4bit.txt
+set_up .installed-dev requirements-dev.txt requirements.txt requirements-4bit.txt requirements-heic.txt
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .

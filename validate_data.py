@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--images_dir", help="folder that image paths are relative to (default: each file's own)")
     parser.add_argument("--max_image_pixels", type=int, help="pixels an image may have (default: 178 million)")
+    parser.add_argument("--pdf_seconds", type=float, help="seconds of work a page of a PDF may take (default: 20)")
     parser.add_argument("--keep_image_tag", action="store_true", help="take <image> for text in rows without an image")
     parser.add_argument(
         "--model_id", help="model to train, a hub id or a folder, or an adapter: count tokens as it does"
@@ -65,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int | None:
     # 1. Arguments. What is imported later is not needed for --help.
     args = parse_arguments()
-    from mistral_ft.data.pages import limit_pixels
+    from mistral_ft.data.pages import limit_pages
     from mistral_ft.data.processor import Processor
     from mistral_ft.data.records import find_images_dir
     from mistral_ft.data.row_images import keep_image_tag
@@ -77,7 +78,7 @@ def main() -> int | None:
     from mistral_ft.validation.folding import Folds
     from mistral_ft.validation.tally import Tally
 
-    limit_pixels(args.max_image_pixels)
+    limit_pages(args.max_image_pixels, args.pdf_seconds)
     keep_image_tag(args.keep_image_tag)
     sources = [
         Source(Path(path), find_images_dir(path, args.images_dir), is_eval)

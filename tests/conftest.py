@@ -46,7 +46,9 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def row(number: int, expected: str | None = None, images: list[str] | None = None, text: str = "Title?") -> dict:
+def row(
+    number: int, expected: str | list[str] | None = None, images: list[str] | None = None, text: str = "Title?"
+) -> dict:
     """A record with the given images after its text."""
     content = [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in images or [])]
     record = {"id": number, "messages": [{"role": "user", "content": content}]}

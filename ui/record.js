@@ -79,12 +79,15 @@ export function showRecord(record, by) {
     sections.push(h("p", { class: "problem", role: "note" }, "Predict could not answer: ", record.error));
   }
   const sure = record.confidence?.min;
-  const answers = [
-    answerBox(edited ? "Expected (corrected)" : "Expected", record.expected, diff, 0, {
-      id: "expected",
+  const nearest = record.diff?.nearest ?? 0; // of several right answers the one that is compared
+  const answers = [record.expected, ...record.others].map((text, k) =>
+    answerBox(k ? "or" : edited ? "Expected (corrected)" : "Expected", text, k === nearest ? diff : null, 0, {
+      id: k ? "or" : "expected",
+      class: k ? "or" : "",
+      note: !k && record.others.length ? " the first is learned" : "",
       none: "no expected answer",
     }),
-  ];
+  );
   const predicted = record.actual !== null || record.error !== null || record.right !== null;
   if (predicted) {
     answers.push(

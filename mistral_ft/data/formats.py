@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mistral_ft.data.conversation import Message, with_weights
-from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
+from mistral_ft.data.row_keys import right_answers
+from mistral_ft.data.rows import look_up, read_json
 from mistral_ft.files import Json, JsonObject
 
 COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
@@ -39,7 +40,7 @@ class Conversation(NamedTuple):
     """What a row asks and answers, and the fields that say so."""
 
     messages: list[Message]
-    expected: str | None
+    expected: str | list[str] | None  # a list where several answers are right
     used: set[str]
 
 
@@ -52,7 +53,8 @@ def possible_formats(row: JsonObject, columns: dict[str, str] | None = None) -> 
     """
     messages = row.get("messages")
     if columns:
-        return ["columns"] if columns.get("prompt", columns["answer"]) in row and columns["answer"] in row else []
+        asked = [columns.get("prompt", columns["answer"]), columns["answer"]]
+        return ["columns"] if all(look_up(row, name) is not None for name in asked) else []
     if "conversations" in row:
         return ["llava"] if "image" in row or "images" in row else ["sharegpt", "llava"]
     if isinstance(messages, list) and messages:
@@ -243,6 +245,7 @@ def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | No
             known = ", ".join("/".join(pair) for pair in COLUMNS)
             raise ValueError(f"has none of {known}; name the columns: --map prompt=COLUMN --map answer=COLUMN")
         columns = dict(zip(("prompt", "answer"), pairs[0], strict=True))
+    row = row | {name: look_up(row, name) for name in columns.values()}
     prompt, answer = row.get(columns["prompt"]) if "prompt" in columns else question, row.get(columns["answer"])
     names = (columns["image"],) if "image" in columns else IMAGE_COLUMNS
     images, used = images_of(row, names), {*columns.values(), "system", *names}
@@ -250,7 +253,7 @@ def _columns(row: JsonObject, columns: dict[str, str] | None, question: str | No
         messages = tidy(with_weights(prompt, default=0) + answer)
         return Conversation(place_images(messages, images), None, used)
     messages = [*_system(row), {"role": "user", "content": question or _text(row, columns["prompt"])}]
-    return Conversation(place_images(messages, images), _text(row, columns["answer"]), used)
+    return Conversation(place_images(messages, images), _answers(row, columns["answer"]), used)
 
 
 def _inst(row: JsonObject) -> Conversation:
@@ -292,6 +295,16 @@ def _text(row: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"`{name}` must be a string, got {json.dumps(value)[:40]}")
     return value
+
+
+def _answers(row: JsonObject, name: str) -> str | list[str]:
+    """The answer in a column, or the list of right ones, as it stands."""
+    value = row.get(name)
+    if isinstance(value, dict) and value:
+        raise ValueError(f"`{name}` is an object; name a field of it: --map answer={name}.{next(iter(value))}")
+    if isinstance(value, list) and right_answers(row, name):
+        return value
+    return _text(row, name)
 
 
 def _list(row: JsonObject, name: str) -> list:

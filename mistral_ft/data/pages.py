@@ -1,7 +1,7 @@
 """Pages: the one place where an image reference (see `references.py`) becomes a picture, upright and in RGB.
 
-Files and data URLs are read by Pillow, PDFs by PDFium. Train, predict, validate and the review page all come here, so
-that they see the same page.
+Files and data URLs are read by Pillow, PDFs by PDFium (`pdf.py`). Train, predict, validate and the review page all come
+here, so that they see the same page.
 """
 
 import contextlib
@@ -10,49 +10,51 @@ import hashlib
 import io
 import math
 import os
-import threading
 import warnings
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
+from mistral_ft.data import pdf
 from mistral_ft.data.image_fitter import ImageFitter
+from mistral_ft.data.picture import heic, tiff
+from mistral_ft.data.picture.colours import to_rgb
+from mistral_ft.data.picture.density import square_pixels
 from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of
 from mistral_ft.errors import UserError
 from mistral_ft.files import sha256_file
 
-if TYPE_CHECKING:
-    import pypdfium2
-
-PDF_DPI = 200  # of pages that are drawn for no model
-PDF_PIXELS = 25_000_000  # that such a page may have
 # A JPEG is decoded at a half, quarter or eighth of its size if that is at least twice the size it is fed at, as in
 # Pillow's Image.thumbnail. Scans at 600 dpi come out 0.1 to 0.7 of 255 grey levels apart from those decoded in full.
 REDUCING_GAP = 2
 # The environment reaches every worker process, however it is started.
 MAX_PIXELS = "MISTRAL_FT_MAX_IMAGE_PIXELS"
 
-_pdfium = threading.Lock()  # PDFium does one thing at a time
 
+def limit_pages(most_pixels: int | None, pdf_seconds: float | None) -> None:
+    """Set the pixels that an image may have and the seconds that a page of a PDF may take; None changes nothing.
 
-def limit_pixels(most: int | None) -> None:
-    """Set the pixels that an image may have, here and in worker processes yet to be started; None changes nothing.
+    They hold here and in worker processes yet to be started.
 
     Raises:
-        UserError: if there are none.
+        UserError: if one is not positive.
     """
-    if most is not None:
-        if most < 1:
-            raise UserError(f"--max_image_pixels {most}: must be at least 1")
-        os.environ[MAX_PIXELS] = str(most)
+    if pdf_seconds is not None:
+        if not 0 < pdf_seconds < math.inf:
+            raise UserError(f"--pdf_seconds {pdf_seconds}: must be more than 0")
+        os.environ[pdf.SECONDS] = str(pdf_seconds)
+    if most_pixels is not None:
+        if most_pixels < 1:
+            raise UserError(f"--max_image_pixels {most_pixels}: must be at least 1")
+        os.environ[MAX_PIXELS] = str(most_pixels)
     if MAX_PIXELS in os.environ:
         # Pillow refuses what has twice as many. Rounded, an odd limit would be another one.
         Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS]) / 2  # type: ignore[assignment]
 
 
-limit_pixels(None)
+limit_pages(None, None)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the limit on
 
 
@@ -109,7 +111,7 @@ _file_hash = functools.lru_cache(64)(sha256_file)  # a PDF has many pages
 
 
 @contextlib.contextmanager
-def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile", int | None]]:
+def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | pdf.PdfFile", int | None]]:
     """Open what a reference names, no more than its header read; what goes wrong becomes one line.
 
     Yields:
@@ -124,10 +126,13 @@ def opened(reference: str | os.PathLike) -> Iterator[tuple["PillowFile | PdfFile
     shown = reference if len(name) <= most else f"{name[:most]}…{reference[len(name) :]}"
     try:
         with bytes_of(name) as file:
-            is_pdf = file.read(5) == b"%PDF-"
-            file.seek(0)
-            with PdfFile.opened(file) if is_pdf else PillowFile.opened(file) as document:
-                yield document, page
+            if _is_pdf(file):
+                is_file = not is_data_url(name) and not table_of(name)
+                with pdf.PdfFile.opened(name if is_file else file.read()) as document:
+                    yield document, page
+            else:
+                with PillowFile.opened(file) as document:
+                    yield document, page
     except FileNotFoundError:
         raise ValueError(f"image {shown} does not exist") from None
     except Image.DecompressionBombError:
@@ -156,7 +161,21 @@ def bytes_of(name: str) -> IO[bytes]:
     return open(name, "rb")
 
 
-def _one_page(document: "PillowFile | PdfFile", page: int | None) -> int:
+def _is_pdf(file: IO[bytes]) -> bool:
+    """Whether a file is a PDF: mail and web servers put bytes before its header, which readers of PDFs look past."""
+    head = file.read(1024)
+    found = head.startswith(b"%PDF-")
+    if not found and b"%PDF-" in head:
+        file.seek(0)
+        try:
+            Image.open(file)
+        except Image.UnidentifiedImageError:
+            found = True  # and no picture that has the word in its notes
+    file.seek(0)
+    return found
+
+
+def _one_page(document: "PillowFile | pdf.PdfFile", page: int | None) -> int:
     """The page to open: the one that is named, or the only one."""
     if page is None and document.count > 1:
         count = document.count
@@ -167,32 +186,55 @@ def _one_page(document: "PillowFile | PdfFile", page: int | None) -> int:
 
 
 class PillowFile:
-    """A file that Pillow reads: one page, or the frames of a TIFF. Of a GIF or MPO only the first frame is a page."""
+    """A file that Pillow reads: one page, or those of a TIFF. Of a GIF or MPO only the first frame is a page."""
 
-    def __init__(self, header: Image.Image):
-        self.header = header
-        self.count = getattr(header, "n_frames", 1) if header.format == "TIFF" else 1
+    def __init__(self, file: IO[bytes]):
+        start = file.read(64)
+        file.seek(0)
+        self._file = file
+        self._tiff_pages = tiff.find_pages(file) if tiff.is_tiff(start[:4]) else []
+        self.count = len(self._tiff_pages) or 1
+        self.header: Image.Image  # of a TIFF, that of the page whose size or image was asked for last
+        if not self._tiff_pages:
+            self.header = heic.open_heic(file) if heic.is_heic(start) else Image.open(file)
 
     @classmethod
     @contextlib.contextmanager
     def opened(cls, file: IO[bytes]) -> Iterator["PillowFile"]:
-        with Image.open(file) as header:
-            yield cls(header)
+        yield cls(file)
 
     def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
-        self.header.seek(page)
-        # Pillow gives a TIFF's size upright.
-        return self.header.size[::-1] if self.header.format != "TIFF" and self._sideways else self.header.size
+        return self._turn_to(page)[0]
 
     def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
-        self.header.seek(page)
-        image = self._reduced(fitter) if fitter and self.header.format in ("JPEG", "MPO") else None
-        if image is None:
+        """The page; `info["density"]` says for people what is unusual about the shape of its pixels, if anything is."""
+        size, unusual = self._turn_to(page)
+        image = self._reduced(size, fitter) if fitter and self.header.format in ("JPEG", "MPO") else None
+        whole = image is None
+        if image is None and isinstance(self.header, TiffImageFile):
+            image = tiff.decode(self.header)
+        elif image is None:
             self.header.load()
             image = self.header
         # Cameras and scanners store pages sideways with a note how to turn them; the user sees them upright.
         ImageOps.exif_transpose(image, in_place=True)  # a copy of each page would take as long as reading it
-        return to_rgb(image)
+        image = to_rgb(image)
+        if whole and image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        if unusual:
+            image.info["density"] = unusual
+        return image
+
+    def _turn_to(self, page: int) -> tuple[tuple[int, int], str | None]:
+        """Read the header of a page; returns its size, upright and with square pixels, and what is unusual in those."""
+        if self._tiff_pages:
+            self.header = tiff.open_page(self._file, self._tiff_pages[page])
+        stored = tiff.stored_size(self.header) if isinstance(self.header, TiffImageFile) else self.header.size
+        (width, height), unusual = square_pixels(self.header, *stored)
+        most = Image.MAX_IMAGE_PIXELS
+        if most and width * height > 2 * most and (width, height) != stored:
+            raise Image.DecompressionBombError
+        return self._turned(width, height), unusual
 
     @property
     def orientation(self) -> int:
@@ -203,11 +245,11 @@ class PillowFile:
     def _sideways(self) -> bool:
         return self.orientation in (5, 6, 7, 8)
 
-    def _reduced(self, fitter: ImageFitter) -> Image.Image | None:
-        """A JPEG at the size it is fed at, decoded in part; None if it is too small for that."""
+    def _reduced(self, size: tuple[int, int], fitter: ImageFitter) -> Image.Image | None:
+        """A JPEG of `size` at the size it is fed at, decoded in part; None if it is too small for that."""
         width, height = self.header.size
         try:
-            rows, columns = fitter.grid(*self._turned(width, height))
+            rows, columns = fitter.grid(*size)
         except ValueError:  # too thin for the model, as it will find out
             return None
         upright = columns * fitter.cell_size, rows * fitter.cell_size
@@ -222,60 +264,3 @@ class PillowFile:
 
     def _turned(self, width: int, height: int) -> tuple[int, int]:
         return (height, width) if self._sideways else (width, height)
-
-
-class PdfFile:
-    """A PDF. PDFium is locked while it is open."""
-
-    def __init__(self, pdf: "pypdfium2.PdfDocument"):
-        self.pdf = pdf
-        self.count = len(pdf)
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, file: IO[bytes]) -> Iterator["PdfFile"]:
-        import pypdfium2  # not needed where there are no PDFs
-
-        with _pdfium:
-            try:
-                with contextlib.closing(pypdfium2.PdfDocument(file)) as pdf:
-                    pdf.init_forms()  # or what was filled in is not drawn
-                    yield cls(pdf)
-            except pypdfium2.PdfiumError as error:
-                reasons = {
-                    pypdfium2.raw.FPDF_ERR_PASSWORD: "the PDF is protected by a password; save a copy without",
-                    pypdfium2.raw.FPDF_ERR_FORMAT: "the PDF is damaged, or has no page",
-                }
-                raise ValueError(reasons.get(error.err_code, f"the PDF is damaged: {error}")) from None
-
-    def size(self, page: int, fitter: ImageFitter | None = None) -> tuple[int, int]:
-        width, height = self.pdf.get_page_size(page)
-        scale = self._scale(page, fitter)
-        return math.ceil(width * scale), math.ceil(height * scale)  # as PdfPage.render rounds
-
-    def image(self, page: int, fitter: ImageFitter | None) -> Image.Image:
-        return self.pdf[page].render(scale=self._scale(page, fitter)).to_pil().convert("RGB")
-
-    def _scale(self, page: int, fitter: ImageFitter | None) -> float:
-        """Pixels per point (1/72 inch)."""
-        width, height = self.pdf.get_page_size(page)
-        if fitter:
-            scale = fitter.longest_edge / max(width, height)
-        else:
-            scale = min(PDF_DPI / 72, (PDF_PIXELS / (width * height)) ** 0.5)
-        return scale * (1 - 1e-6)  # PDFium's sizes are 32-bit floats: a little more would be rounded up to a pixel more
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB: alpha on white, and 16-bit, 32-bit and float greys scaled to 8 bits instead of clipped."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        # Files do not store their full scale: take the smallest usual one that holds the brightest value.
-        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
-        full_scale = next((scale for scale in usual if values.max() <= scale), values.max())
-        image = Image.fromarray((values.clip(0) * (255 / full_scale)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")

@@ -1,10 +1,12 @@
 """Records: rows of a data file, checked before anything costly starts.
 
-    {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str, "tools"?: [...]}
+    {"id"?: any, "messages": [{"role": ..., "content": str | [block, ...]}, ...], "expected"?: str or [str, ...],
+     "tools"?: [...]}
 
 A block is {"type": "text", "text": str} or {"type": "image", "image": REFERENCE}, as `references.py` explains them; of
 the assistant and the system also {"type": "thinking", "thinking": str or [text block, ...], "closed"?: bool}, as in
 Mistral's API.
+Where `expected` is a list, all of it is right and the first is learned.
 Without `expected` the last messages may be the assistant's: then all of the assistant's messages are learned, but for
 those with `weight` 0. In records with `expected` it is learned alone, and those of the assistant's messages whose
 `weight` is 1.
@@ -21,10 +23,10 @@ from pathlib import Path
 
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.formats import DIRECT, as_record, possible_formats
-from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.row_images import IMAGE_COLUMNS, check_tag
-from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
+from mistral_ft.data.row_keys import right_answers
+from mistral_ft.data.rows import RowSource, is_table, kind_of, read_json, read_objects
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.files import Json, JsonObject
 
@@ -63,20 +65,25 @@ class Record:
         return messages if self.data.get("expected") is not None else messages[: answer_start(messages)]
 
     @property
+    def answers(self) -> list[str]:
+        """The right answers to score against: those in `expected`, or what the assistant's last messages say."""
+        messages, answers = self.data.get("messages", []), right_answers(self.data)
+        if not answers and (start := answer_start(messages)) < len(messages):
+            return [answer_text(messages[start:])]
+        return answers
+
+    @property
     def expected(self) -> str | None:
-        """The answer to score against: `expected`, or what the assistant's last messages say."""
-        messages, expected = self.data.get("messages", []), self.data.get("expected")
-        if expected is None and (start := answer_start(messages)) < len(messages):
-            return answer_text(messages[start:])
-        return expected
+        """The first of the right answers, which is learned."""
+        return next(iter(self.answers), None)
 
     @property
     def conversation(self) -> list[JsonObject]:
         """The messages with all answers, each of the assistant's with its `weight`: what training reads."""
-        messages, expected = self.data.get("messages", []), self.data.get("expected")
-        if expected is None:
+        messages, answers = self.data.get("messages", []), right_answers(self.data)
+        if not answers:
             return with_weights(messages, default=1)
-        return [*with_weights(messages, default=0), {"role": "assistant", "content": expected, "weight": 1}]
+        return [*with_weights(messages, default=0), {"role": "assistant", "content": answers[0], "weight": 1}]
 
     @property
     def learned(self) -> list[str]:
@@ -208,14 +215,12 @@ def check_record(data: JsonObject, expected_required: bool = False) -> None:
     if all(m["role"] != "user" for m in messages):
         raise ValueError("no message has role 'user'")
 
-    expected, last = data.get("expected"), messages[-1]["role"]
-    if expected is not None and not isinstance(expected, str):
-        raise ValueError(f"`expected` must be a string, got {kind_of(expected)}; put JSON answers in quotes")
+    answers, last = right_answers(data), messages[-1]["role"]
     if last not in ("user", "tool", "assistant"):
         raise ValueError(f"the last message must be the user's, a tool's or the assistant's, got {last!r}")
-    if last == "assistant" and expected is not None:
+    if last == "assistant" and answers:
         raise ValueError("the answer is there twice, as the last message and in `expected`; leave out one of them")
-    if expected_required and expected is None:
+    if expected_required and not answers:
         if last != "assistant":
             raise ValueError("no `expected`: the answer to learn and to score against")
         if not any(m.get("weight", 1) for m in messages if m["role"] == "assistant"):

@@ -1,9 +1,10 @@
-"""What tells one row from another: its key, its identity and its name."""
+"""What tells one row from another: its key, its identity, its right answers and its name."""
 
 import hashlib
 import json
 
 from mistral_ft.data.predictions import PREDICTED
+from mistral_ft.data.rows import kind_of
 from mistral_ft.files import Json, JsonObject
 
 _encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for every row
@@ -37,10 +38,35 @@ def identity_of(row: JsonObject) -> int:
     return hash_json([name, prompt])
 
 
+def right_answers(row: JsonObject, field: str = "expected") -> list[str]:
+    """The right answers of a row, each once, the one to learn first; none for a row that has none.
+
+    This is how `expected` is read, which is a string, or a list of strings where several answers are right.
+
+    Raises:
+        ValueError: if the field is neither, in one line.
+    """
+    value = row.get(field)
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        return []
+    if value == []:
+        raise ValueError(f"`{field}` is an empty list; name at least one right answer in it, or leave it out")
+    for number, answer in enumerate(value, 1) if isinstance(value, list) else [(0, value)]:
+        if not isinstance(answer, str):
+            name = f"answer {number} in `{field}`" if number else f"`{field}`"
+            raise ValueError(f"{name} must be a string, got {kind_of(answer)}; put JSON answers in quotes")
+    return list(dict.fromkeys(value))
+
+
 def expected_of(row: JsonObject) -> int:
-    """A hash of the expected answer, whatever it is."""
-    expected = row.get("expected")
-    return hash_json(expected.strip() if isinstance(expected, str) else expected)
+    """A hash of the right answers in their order, whatever they are; a list of one is the same as its string."""
+    try:
+        answers = list(dict.fromkeys(map(str.strip, right_answers(row))))
+    except ValueError:
+        return hash_json(row.get("expected"))
+    return hash_json(answers if len(answers) > 1 else next(iter(answers), None))
 
 
 def row_name(identity: int, before: int) -> str:

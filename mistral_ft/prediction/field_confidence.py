@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mistral_ft.data.json_fields import written_key
+from mistral_ft.data.rows import written_key
 
 SPACE = re.compile(r"[ \t\r\n]*")
 

@@ -22,8 +22,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from mistral_ft.data.json_fields import has_half
 from mistral_ft.data.pages import page_sizes
+from mistral_ft.data.row_keys import expected_of
+from mistral_ft.data.rows import has_half
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.html import visible
 from mistral_ft.review.desk import Desk, run_jobs
@@ -36,6 +37,7 @@ from mistral_ft.review.runs import read_plot, recent_runs
 from mistral_ft.review.scores import score_rows
 from mistral_ft.review.shown import (
     LONGEST_SHOWN,
+    answers_of,
     confidences_of,
     diffs,
     image_names,
@@ -81,7 +83,7 @@ class ReviewApp:
         self.desk, self.images_dir, self.tokens, self.runs_dir = desk, images_dir, tokens, runs_dir
         self.views: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # (generation, row numbers)
         self.last_view = 0
-        self.decoding = anyio.CapacityLimiter(2)  # pages at once: a large one takes half a GB
+        self.reading = anyio.CapacityLimiter(100)  # threads of their own: pages may be waited for, and nothing else
 
     def starlette(self) -> Starlette:
         """The ASGI application."""
@@ -213,7 +215,8 @@ class ReviewApp:
             except ValueError as error:
                 return {"name": label(name), "error": str(error)}
 
-        return Answer({"images": [await asyncio.to_thread(describe, name) for name in names]})
+        found = [await anyio.to_thread.run_sync(describe, name, limiter=self.reading) for name in names]
+        return Answer({"images": found})
 
     async def image(self, request: Request) -> Response:
         """One page of one of a row's images."""
@@ -222,13 +225,14 @@ class ReviewApp:
         if number >= len(names):
             raise HTTPException(404, "the row has no such image")
         reference = find_page(self.images_dir, names[number])
-        data, kind = await anyio.to_thread.run_sync(render_page, reference, page, limiter=self.decoding)
+        data, kind = await anyio.to_thread.run_sync(render_page, reference, page, limiter=self.reading)
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=300"})
 
     async def token_view(self, request: Request) -> Response:
         """The tokens that a row becomes."""
         row = self.desk.read(self._row(request))
-        return Answer(await asyncio.to_thread(self.tokens.tokens, row, self.images_dir))
+        tokens = self.tokens.tokens
+        return Answer(await anyio.to_thread.run_sync(tokens, row, self.images_dir, limiter=self.reading))
 
     # Decisions.
 
@@ -271,7 +275,7 @@ class ReviewApp:
             raise ValueError("this file holds no predictions, so there is nothing to score")
         entries = desk.index.rows[rows]
         corrected = {
-            int(desk.index.rows["offset"][row]): desk.review_of(int(row)).expected
+            int(desk.index.rows["offset"][row]): desk.review_of(int(row))
             for row in rows[(entries["state"] & EDITED) > 0]
         }
         other_path, other_places = None, []
@@ -322,7 +326,7 @@ class ReviewApp:
         data = self.desk.read(row)
         return {
             "row": row, "line": int(entry["line"]), "id": text_of(data.get("id")), **self._state(row),
-            "expected": snippet(data.get("expected")), "actual": snippet(answer_of(data)),
+            "expected": snippet(_first_of(data)), "actual": snippet(answer_of(data)),
             "error": snippet(data.get("error")), "confidence": number_of(entry["confidence"]),
             "cer": number_of(entry["cer"]) if self.desk.index.predicted else None, "images": len(image_names(data)),
         }  # fmt: skip
@@ -342,7 +346,7 @@ class ReviewApp:
         desk = self.desk
         source, review = desk.index.read(row), desk.review_of(row)
         data = review.apply(source)
-        expected, actual = data.get("expected"), answer_of(data)
+        expected, actual = _first_of(data), answer_of(data)
         other = desk.read_other(row)
         return {
             "row": row, "key": desk.index.name_of(row), "generation": desk.index.generation,
@@ -350,12 +354,13 @@ class ReviewApp:
             "id": text_of(data.get("id")), **self._state(row), "review": asdict(review),
             "messages": [shown_message(message) for message in listed(data.get("messages"))],
             "images": [label(name) for name in image_names(data)],
-            "expected": shown(expected), "source_expected": shown(source.get("expected")),
+            "expected": shown(expected), "source_expected": shown(_first_of(source)),
+            "others": [shown(answer) for answer in answers_of(data)[1:]],
             # What is shown in part, or is no text, cannot be edited here.
             "editable": expected is None or (isinstance(expected, str) and len(expected) <= LONGEST_SHOWN),
             "acceptable": actual is not None and len(actual) <= LONGEST_SHOWN,
             "actual": shown(actual), "thinking": shown(data.get("thinking")), "error": shown(data.get("error")),
-            "diff": diffs(expected, actual),
+            "diff": diffs(data),
             "metrics": metrics_of(data) if desk.index.predicted else {},
             "confidence": confidences_of(data), "json_fields": json_fields_of(data),
             "fields": [[name, shown(value)] for name, value in data.items()
@@ -365,10 +370,15 @@ class ReviewApp:
                 "actual": shown(answer_of(other)), "thinking": shown(other.get("thinking")),
                 "error": shown(other.get("error")),
                 "right": {1: True, 0: False}.get(int(desk.index.rows["other_hit"][row])),
-                "confidence": confidences_of(other), "diff": diffs(expected, answer_of(other)),
-                "expects_otherwise": other.get("expected") != source.get("expected"),
+                "confidence": confidences_of(other), "diff": diffs(other | {"expected": data.get("expected")}),
+                "expects_otherwise": expected_of(other) != expected_of(source),
             },
         }  # fmt: skip
+
+
+def _first_of(row: JsonObject) -> Json:
+    """The first right answer of a row, or what stands in its place."""
+    return next(iter(answers_of(row)), row.get("expected"))
 
 
 def report(task: asyncio.Task) -> None:

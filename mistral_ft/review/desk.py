@@ -20,6 +20,7 @@ from mistral_ft.data.row_keys import identity_in, key_of
 from mistral_ft.files import JsonObject
 from mistral_ft.review.index import EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED, RowIndex, index_part, line_starts
 from mistral_ft.review.log import Review, ReviewLog
+from mistral_ft.review.shown import answers_of
 from mistral_ft.scoring.metrics import is_hit
 
 Result = TypeVar("Result")
@@ -143,7 +144,7 @@ class Desk:
 
     def _other_hit(self, row: int, data: JsonObject) -> int:
         answered = self.read_other(row)
-        if answered is None or not isinstance(data.get("expected"), str):
+        if answered is None or not answers_of(data):
             return -1
         return int(is_hit(answered | {"expected": data["expected"]}))
 
@@ -176,7 +177,7 @@ class Desk:
         """Write a decision to the log (see `ReviewLog.save` for what it raises) and show it in the index."""
         data = self.index.read(row)
         about = {"line": int(self.index.rows["line"][row]), "id": data.get("id")}
-        if review.expected is not None and review.expected == data.get("expected"):
+        if review.expected in answers_of(data)[:1]:
             review = Review(review.version, None, review.reviewed, review.flagged)
         saved = self.log.save(self.index.name_of(row), about, review)
         self._update(row, saved)

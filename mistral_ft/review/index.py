@@ -18,13 +18,13 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from mistral_ft.data.json_fields import field_name
 from mistral_ft.data.predictions import find_predictions, row_in
 from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
 from mistral_ft.data.row_keys import expected_of, identity_of, key_of, row_name
-from mistral_ft.data.rows import parse_line
+from mistral_ft.data.rows import field_name, parse_line
 from mistral_ft.files import Json, JsonObject
+from mistral_ft.review.shown import answers_of
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.metrics import answer_of, fold, grade
 from mistral_ft.scoring.mistakes import kind_of
@@ -197,19 +197,19 @@ class Measures(NamedTuple):
 
 
 def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
-    """A row's measures, and values to filter by: its fields, by paths as in `json_fields`, and `COMPUTED` ones."""
-    answer, expected, confidence = answer_of(row), row.get("expected"), confidence_of(row)
+    """A row's measures, and values to filter by: its fields, by paths as of `rows.flatten`, and `COMPUTED` ones."""
+    answer, answers, confidence = answer_of(row), answers_of(row), confidence_of(row)
     state = FAILED * (row.get("error") is not None) | ANSWERED * (answer is not None)
     values: dict[str, str] = {}
     for name, value in row.items():
         if name not in OWN:
             _add_values(values, field_name(name), value)
     cer, characters = math.nan, len(answer or "")
-    if isinstance(expected, str):
+    if answers:
         graded = grade(row)
         state |= SCORED | HIT * graded.hit
         cer = graded.char_edits / graded.chars if graded.chars else float(graded.char_edits > 0)
-        characters = len(expected)
+        characters = len(answers[0])
         if not graded.hit:
             values.setdefault("mistake", kind_of(row, graded))
         values.setdefault("answer_length", slice_of(row, "answer_length", Path()))

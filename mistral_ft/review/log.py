@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from mistral_ft.data.json_fields import has_half
+from mistral_ft.data.rows import has_half
 from mistral_ft.errors import UserError
 from mistral_ft.files import JsonObject, check_target, fsync_path
+from mistral_ft.review.shown import answers_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,17 @@ class Review:
     flagged: bool = False
 
     def apply(self, row: JsonObject) -> JsonObject:
-        """The row with its correction."""
-        return row if self.expected is None else row | {"expected": self.expected}
+        """The row with its correction, in the place of the first of several right answers; the others stay.
+
+        If it is one of the others, it moves to the front and none goes.
+        """
+        if self.expected is None:
+            return row
+        if not isinstance(row.get("expected"), list):
+            return row | {"expected": self.expected}
+        answers = answers_of(row)
+        kept = answers if self.expected in answers else answers[1:]
+        return row | {"expected": [self.expected, *(answer for answer in kept if answer != self.expected)]}
 
 
 class Outdated(Exception):

@@ -1,7 +1,9 @@
 """Pages for the browser: only from the images' folder, only what Pillow or PDFium could read, in a format it shows."""
 
+import contextlib
 import io
 import os
+import threading
 from pathlib import Path, PurePosixPath
 
 from mistral_ft.data.pages import PillowFile, bytes_of, open_image, opened
@@ -14,6 +16,9 @@ MOST_PAGES = 500  # of one file that are shown
 # What every browser shows as Pillow reads it: any other format, and other modes of these, are converted.
 SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SHOWN_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+COLOURS = {"icc_profile", "gamma"}  # of which browsers make what we do not, where profiles are damaged or do not fit
+
+_decoding = threading.Semaphore(2)  # a large page takes half a GB; PDFs are drawn in processes of their own
 
 
 def find_page(images_dir: str | os.PathLike, reference: str) -> str:
@@ -61,9 +66,11 @@ def render_page(reference: str, page: int) -> tuple[bytes, str]:
     """
     name, named = split_page(reference)
     reference = f"{name}#page={(page if named is None else named) + 1}"
-    image = open_image(reference)
     with opened(reference) as (document, _):
+        by_pillow = isinstance(document, PillowFile)
         kind = _shown_as(document) if isinstance(document, PillowFile) else None
+    with _decoding if by_pillow else contextlib.nullcontext():
+        image = open_image(reference)
     if kind and image.width * image.height <= MOST_PIXELS:
         with bytes_of(name) as file:
             data = file.read(MOST_BYTES + 1)
@@ -81,7 +88,8 @@ def render_page(reference: str, page: int) -> tuple[bytes, str]:
 
 
 def _shown_as(file: PillowFile) -> str | None:
-    """The media type of a file that a browser shows as it is."""
-    header = file.header
+    """The media type of a file that a browser shows as `open_image` gives it."""
+    size, header = file.size(0), file.header
     as_it_is = header.mode in SHOWN_MODES and file.orientation == 1 and getattr(header, "n_frames", 1) == 1
+    as_it_is &= header.size == size and COLOURS.isdisjoint(header.info)
     return SHOWN.get(header.format or "") if as_it_is else None

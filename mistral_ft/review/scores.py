@@ -10,7 +10,9 @@ from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import UserError
 from mistral_ft.files import JsonObject
+from mistral_ft.review.log import Review
 from mistral_ft.review.page_files import find_page
+from mistral_ft.review.shown import answers_of
 from mistral_ft.scoring.comparison import compare
 from mistral_ft.scoring.confidence import KINDS
 from mistral_ft.scoring.summary import judge_confidence, summarize
@@ -23,7 +25,7 @@ Place = tuple[int, int, int]  # of a row: offset, length, line
 def score_rows(
     path: Path,
     places: Sequence[Place],
-    corrected: dict[int, str],
+    corrected: dict[int, Review],
     other_path: Path | None,
     other_places: Sequence[Place],
     by: str | None,
@@ -33,7 +35,7 @@ def score_rows(
 
     Args:
         places: of the rows.
-        corrected: corrected expected answers, by offset.
+        corrected: reviews with a corrected answer, by offset.
         other_path, other_places: their counterparts in another predictions file, in the same order where both have
             the row. They are held against the same expected answers.
         by: the field to slice by, as score's --by; None for none.
@@ -83,15 +85,15 @@ def _pages_allowed(row: JsonObject, images_dir: Path) -> bool:
         return False
 
 
-def _read(path: Path, places: Sequence[Place], corrected: dict[int, str]) -> Iterator[tuple[int, bytes, JsonObject]]:
+def _read(path: Path, places: Sequence[Place], corrected: dict[int, Review]) -> Iterator[tuple[int, bytes, JsonObject]]:
     """(line, bytes, row) of each place; an empty row for a place of length 0."""
     handle = os.open(path, os.O_RDONLY)
     try:
         for offset, length, line in places:
             raw = os.pread(handle, length, offset)
             row = row_in(path, parse_line(raw, first=offset == 0)) or {}
-            if row and not isinstance(row.get("expected"), str | None):
+            if row and not answers_of(row):
                 row = {**row, "expected": None}  # shown as unscored; train and score refuse it
-            yield line, raw, row | ({"expected": corrected[offset]} if offset in corrected else {})
+            yield line, raw, corrected[offset].apply(row) if offset in corrected else row
     finally:
         os.close(handle)

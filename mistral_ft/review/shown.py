@@ -3,14 +3,15 @@
 import json
 import math
 
-from mistral_ft.data.json_fields import field_name, fields_of, flatten, parse_answer, written_key
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import check_record
 from mistral_ft.data.references import check_reference, expand, is_data_url
+from mistral_ft.data.row_keys import right_answers
+from mistral_ft.data.rows import field_name, flatten, parse_answer, written_key
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.scoring.confidence import confidence_of
 from mistral_ft.scoring.diff import diff
-from mistral_ft.scoring.metrics import answer_of, grade
+from mistral_ft.scoring.metrics import answer_of, fields_to_compare, grade, nearest_answer
 
 LONGEST_SHOWN = 100_000  # characters of one text
 
@@ -44,6 +45,14 @@ def snippet(value: Json) -> str | None:
 
 def listed(value: Json) -> list[Json]:
     return value if isinstance(value, list) else []
+
+
+def answers_of(row: JsonObject) -> list[str]:
+    """The right answers of a row that may be malformed, as `right_answers` reads them; none if it is."""
+    try:
+        return right_answers(row)
+    except ValueError:
+        return []
 
 
 def image_names(row: JsonObject) -> list[str]:
@@ -93,16 +102,24 @@ def shown_message(message: Json) -> JsonObject:
     return {"role": shown(message.get("role")) or "?", "blocks": blocks + ([("other", shown(rest))] if rest else [])}
 
 
-def diffs(expected: Json, actual: str | None) -> JsonObject | None:
-    """How two answers differ, by words and by characters; None if there are not two."""
-    if not isinstance(expected, str) or actual is None or max(len(expected), len(actual)) > LONGEST_SHOWN:
+def diffs(row: JsonObject) -> JsonObject | None:
+    """How an answer differs from the nearest right one, by words and by characters, and which of them that is.
+
+    None if there are not two.
+    """
+    actual, answers = answer_of(row), answers_of(row)
+    if not answers or actual is None:
         return None
-    return {by: diff(expected.strip(), actual.strip(), by) for by in ("words", "characters")}
+    nearest = nearest_answer(row)
+    if max(len(nearest), len(actual)) > LONGEST_SHOWN:
+        return None
+    found = {by: diff(nearest.strip(), actual.strip(), by) for by in ("words", "characters")}
+    return found | {"nearest": answers.index(nearest)}
 
 
 def metrics_of(row: JsonObject) -> dict[str, float]:
     """How right a row is, by metric."""
-    if not isinstance(row.get("expected"), str):
+    if not answers_of(row):
         return {}
     graded = grade(row)
     found = {
@@ -130,13 +147,13 @@ def confidences_of(row: JsonObject) -> JsonObject | None:
 
 def json_fields_of(row: JsonObject) -> list[list[Json]] | None:
     """[path, expected, actual, right, confidence] of each field, if the expected answer is JSON."""
-    wanted = fields_of(row.get("expected")) if isinstance(row.get("expected"), str) else None
+    wanted, found = fields_to_compare(row) if answers_of(row) else (None, None)
     if wanted is None:
         return None
-    found = fields_of(answer_of(row)) or {}
+    found = found or {}
     sure = (confidences_of(row) or {}).get("fields", {})
     keys: dict[str, str] = {}  # by path: the key at the top, whose confidence it has
-    for answer in (parse_answer(row["expected"]), parse_answer(answer_of(row))):
+    for answer in map(parse_answer, (*answers_of(row), answer_of(row))):
         for key, value in answer.items() if isinstance(answer, dict) else ():
             keys |= dict.fromkeys((path for path, _ in flatten(value, field_name(key))), written_key(key))
     return [

@@ -3,6 +3,7 @@
 White space around a text never counts. What else is made equal, Unicode forms among it, is said at each metric.
 """
 
+import math
 import re
 import string
 import unicodedata
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from mistral_ft.data.row_keys import right_answers
+from mistral_ft.data.rows import fields_of
 from mistral_ft.files import JsonObject
 
 FOLDS = ("nfc", "case", "space")
@@ -27,9 +30,9 @@ def answer_of(row: JsonObject) -> str | None:
 
 
 def is_hit(row: JsonObject) -> bool:
-    """Whether a predicted row has an answer, and it is right."""
+    """Whether a predicted row has an answer, and it is one of the right ones."""
     actual = answer_of(row)
-    return actual is not None and is_exact(actual, row["expected"])
+    return actual is not None and any(is_exact(actual, expected) for expected in right_answers(row))
 
 
 def fold(text: str, folds: tuple[str, ...] = FOLDS) -> str:
@@ -110,12 +113,58 @@ class Grade(NamedTuple):
 
 
 def grade(row: JsonObject, folds: tuple[str, ...] = FOLDS) -> Grade:
-    """Grade a row with `expected`. Without an answer it is wrong, with every expected character and word missing."""
-    expected, answer = row["expected"], answer_of(row)
-    edits = edit_counts(answer or "", expected)
+    """Grade a row with `expected`; of several right answers each figure is that of the one which is best by it.
+
+    Edits are those of the right answer with the fewest per character, or per word, the first of equals. Without an
+    answer a row is wrong, and every character and word of its first right answer is missing.
+    """
+    answer, answers = answer_of(row), right_answers(row)
     if answer is None:
-        return Grade(False, False, *edits, 0.0, 0.0)
+        return Grade(False, False, *edit_counts("", answers[0]), 0.0, 0.0)
+    if len(answers) == 1:
+        return _grade(answer, answers[0], folds)
+    grades = [_grade(answer, expected, folds) for expected in answers]
+    chars = min(grades, key=lambda grade: _rate(grade.char_edits, grade.chars))
+    words = min(grades, key=lambda grade: _rate(grade.word_edits, grade.words))
+    best = Grade(*map(max, zip(*grades, strict=True)))
+    return best._replace(char_edits=chars.char_edits, chars=chars.chars, word_edits=words.word_edits, words=words.words)
+
+
+def _grade(answer: str, expected: str, folds: tuple[str, ...]) -> Grade:
+    edits = edit_counts(answer, expected)
     if is_exact(answer, expected):
         return Grade(True, True, *edits, 1.0, 1.0)
     folded_hit = fold(answer, folds) == fold(expected, folds)
     return Grade(False, folded_hit, *edits, anls(answer, expected), token_f1(answer, expected))
+
+
+def _rate(edits: int, length: int) -> float:
+    return edits / length if length else edits and math.inf
+
+
+def nearest_answer(row: JsonObject) -> str:
+    """The right answer with the fewest edits per character, the first of equals; the first for a row without answer."""
+    answer, answers = answer_of(row), right_answers(row)
+    if answer is None or len(answers) == 1:
+        return answers[0]
+    return min(answers, key=lambda expected: _rate(*edit_counts(answer, expected)[:2]))
+
+
+def fields_to_compare(row: JsonObject) -> tuple[dict[str, str] | None, dict[str, str] | None]:
+    """The fields (wanted, answered) of a row, as `fields_of` gives them; nothing is wanted if the answer is no JSON.
+
+    Of several right answers the nearest says whether JSON is wanted; then, of those that are JSON, the one with the
+    best F1 of its fields is, the first of equals.
+    """
+    answers = right_answers(row)
+    wanted = fields_of(answers[0] if len(answers) == 1 else nearest_answer(row))  # a call less for each of many rows
+    if wanted is None:
+        return None, None
+    found = fields_of(answer_of(row))
+    if found and len(answers) > 1:
+        ours = found.items()
+        wanted = max(
+            filter(None, map(fields_of, answers)),
+            key=lambda fields: len(fields.items() & ours) / (len(fields) + len(ours)),
+        )
+    return wanted, found

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from rapidfuzz.distance import Levenshtein
 
 from mistral_ft.data.records import check_record
+from mistral_ft.data.row_keys import right_answers
 from mistral_ft.files import JsonObject
-from mistral_ft.scoring.metrics import Grade, answer_of
+from mistral_ft.scoring.metrics import Grade, answer_of, nearest_answer
 
 # Every wrong row is of the first kind that fits.
 KINDS = {
@@ -125,7 +126,7 @@ class Mistakes:
         kind = kind_of(row, grade)
         self.kinds[kind] += 1
         if (answer_of(row) or "").strip():
-            characters, words = confusions(row["expected"], row["actual"])
+            characters, words = confusions(nearest_answer(row), row["actual"])
             self.characters.merge(characters)
             self.words.merge(words)
         return kind
@@ -149,6 +150,7 @@ class Mistakes:
 
 
 LONGEST_SHOWN = 5_000  # characters of an answer
+MOST_SHOWN = 10  # right answers beside the nearest
 
 
 def _cut(text: str, most: int) -> str:
@@ -156,19 +158,22 @@ def _cut(text: str, most: int) -> str:
 
 
 def example_of(row: JsonObject) -> JsonObject:
-    """What to show of a row: its id, question, pages, expected answer, and its answer or error."""
+    """What to show of a row: its id, question, pages, the nearest right answer and others, its answer or error."""
     try:
         check_record(row)
         content = row["messages"][-1]["content"]
     except ValueError:
         content = ""
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    answer = answer_of(row)
+    answer, nearest = answer_of(row), nearest_answer(row)
+    others = [other for other in right_answers(row) if other != nearest]
+    more = [f"… ({len(others) - MOST_SHOWN:,} more)"] if len(others) > MOST_SHOWN else []
     return {
         "id": None if row.get("id") is None else _cut(str(row["id"]), 200),
         "question": " ".join(block["text"] for block in blocks if block["type"] == "text")[:500],
         "pages": [block["image"][:200] for block in blocks if block["type"] == "image"][:10],
-        "expected": _cut(row["expected"], LONGEST_SHOWN),
+        "expected": _cut(nearest, LONGEST_SHOWN),
+        "others": [_cut(other, 500) for other in others[:MOST_SHOWN]] + more,
         "actual": None if answer is None else _cut(answer, LONGEST_SHOWN),
         "error": None if row.get("error") is None else _cut(str(row["error"]), 500),
     }

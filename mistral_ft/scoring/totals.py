@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from mistral_ft.data.json_fields import fields_of, keys_of
 from mistral_ft.data.records import check_record, image_blocks
-from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of
-from mistral_ft.data.rows import parse_line
+from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of, right_answers
+from mistral_ft.data.rows import look_up, parse_line
 from mistral_ft.errors import RecordError, UserError
-from mistral_ft.files import Json, JsonObject
+from mistral_ft.files import JsonObject
 from mistral_ft.progress import Progress
 from mistral_ft.scoring.confidence import confidence_of
-from mistral_ft.scoring.metrics import FOLDS, Grade, answer_of, grade
+from mistral_ft.scoring.metrics import FOLDS, Grade, answer_of, fields_to_compare, grade
 from mistral_ft.scoring.mistakes import Mistakes
 from mistral_ft.scoring.perplexity import Texts, is_scored
 from mistral_ft.scoring.statistics import wilson
@@ -92,8 +91,8 @@ class Options:
 
     Attributes:
         folds: what normalised exact match makes equal (see `metrics.fold`).
-        by: the field to slice by: a record's, dots for nested ones (a path as in `json_fields`), or "answer_length" or
-            "page_size"; None for none.
+        by: the field to slice by: a record's, a path as `rows.flatten` has it, or "answer_length" or "page_size"; None
+            for none.
         images_dir: folder of the images, for page_size.
         keep_wrong: whether to return the wrong rows.
         keep_pairing: whether to return what pairs the rows of two files, and their grades.
@@ -175,20 +174,16 @@ class Score:
         if "messages" not in row and is_scored(row):
             self.texts.add(line, key_of(row), row)
             return
-        expected = row.get("expected")
-        if expected is None:
+        if row.get("expected") is None:
             self.unexpected.append(line)
             return
-        if not isinstance(expected, str):
-            raise ValueError("`expected` must be a string; put JSON answers in quotes")
         answer = answer_of(row)
         if row.get("error") is not None:
             self.with_error.append(line)
         elif answer is None:
             self.unanswered.append(line)
         graded = grade(row, options.folds)
-        wanted = fields_of(expected)
-        found = fields_of(answer) if wanted is not None else None
+        wanted, found = fields_to_compare(row)
         self.totals.add(graded, wanted, found)
         if options.by is not None:
             self.slices[slice_of(row, options.by, options.images_dir)].add(graded, wanted, found)
@@ -311,12 +306,9 @@ NO_VALUE = "(none)"
 
 def slice_of(row: JsonObject, by: str, images_dir: Path) -> str:
     """The slice that a row belongs to, as text of at most 200 characters; see `Options`."""
-    value: Json = row
-    # A field's own name may hold dots.
-    for key in [by] if by in row else keys_of(by):
-        value = value.get(key) if isinstance(value, dict) else None
+    value = look_up(row, by)
     if by not in row and by == "answer_length":
-        return _bucket(len(row["expected"].strip()), LENGTHS, "characters")
+        return _bucket(len(right_answers(row)[0].strip()), LENGTHS, "characters")
     if by not in row and by == "page_size":
         return _page_size(row, images_dir)
     if value is None:

@@ -124,6 +124,7 @@ class DataArguments:
     )
     images_dir: str | None = _field(None, "Folder that image paths are relative to (default: the JSONL file's own).")
     max_image_pixels: int | None = _field(None, "Pixels an image may have (default: 178 million); more are refused.")
+    pdf_seconds: float | None = _field(None, "Seconds of work that a page of a PDF may take (default: 20).")
     keep_image_tag: bool = _field(False, "Take <image> for text in rows without an image.")
     max_seq_length: int = _field(
         MAX_SEQ_LENGTH, "Tokens a record may have, image tokens included; longer ones are refused, plain text is cut."

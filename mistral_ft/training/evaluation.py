@@ -19,7 +19,7 @@ from mistral_ft.model.device import limit_gib
 from mistral_ft.prediction.batch_plan import ROWS_ON_CPU, plan_batches, tokens_that_fit
 from mistral_ft.prediction.decoding import GreedyDecoder
 from mistral_ft.progress import Progress
-from mistral_ft.scoring.metrics import edit_counts, is_exact
+from mistral_ft.scoring.metrics import grade
 from mistral_ft.training.arguments import BETTER_HIGH
 from mistral_ft.training.training_arguments import FinetuneArguments
 
@@ -74,7 +74,7 @@ class Evaluator:
 
         Returns:
             eval_loss: cross entropy in nats, a mean over all labels. If records are answered, eval_exact_match: the
-            share of right answers; eval_cer: edits per expected character (see `metrics.edit_counts`).
+            share of right answers; eval_cer: edits per expected character (see `metrics.grade`).
 
         Raises:
             EvaluationStopped: in all processes, soon after one of them got a signal.
@@ -124,8 +124,10 @@ class Evaluator:
         """Answers of the model as it is, the adapter unmerged; each process writes its share."""
         core: Any = model.get_base_model()
         encoder, device = self.dataset.processor.encoder, args.device
-        # Longer than the longest answer that is expected, an answer is wrong anyway.
-        longest = max(self.sizes[number].labels for number in self.answered)
+        # Longer than the longest answer that is right, an answer is wrong anyway.
+        records = [self.dataset.records[number] for number in self.answered]
+        others = [len(encoder.encode_text(text)[0]) - 1 for record in records for text in record.answers[1:]]
+        longest = max([self.sizes[number].labels for number in self.answered] + others)
         lengths = [self.sizes[number].tokens + longest for number in self.answered]
         text, most = core.config.get_text_config(), 2**63
         if device.type == "cuda":
@@ -142,9 +144,8 @@ class Evaluator:
             ids = decoder.decode(prompts, longest, how.stop_requested)[0] if batch else []
             how.check_stop(device)
             for number, answer in zip(numbers, map(encoder.decode, ids), strict=True):
-                expected = self.dataset.records[number].expected or ""
-                found = edit_counts(answer, expected)
-                hits, edits = hits + is_exact(answer, expected), edits + found.char_edits
+                found = grade({"expected": self.dataset.records[number].answers, "actual": answer})
+                hits, edits = hits + found.hit, edits + found.char_edits
                 characters += found.chars
             progress.update(len(batch))
         hits, edits, characters = map(sum, zip(*gather((hits, edits, characters)), strict=True))

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from mistral_ft.data.dataset import RecordDataset, RecordSize, cut_texts, measure_records
-from mistral_ft.data.pages import fingerprint, limit_pixels
+from mistral_ft.data.pages import fingerprint, limit_pages
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import Record, read_records
 from mistral_ft.data.row_images import keep_image_tag
@@ -22,7 +22,7 @@ def read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
         UserError: for bad records, and for a vision tower or projector that would see no image.
     """
     folder, lora = settings.data.images_dir, settings.lora
-    limit_pixels(settings.data.max_image_pixels)
+    limit_pages(settings.data.max_image_pixels, settings.data.pdf_seconds)
     keep_image_tag(settings.data.keep_image_tag)
     records = read_records(settings.data.dataset, folder, expected_required=True)
     held_out = read_records(settings.evaluation.eval_dataset or (), folder, expected_required=True)

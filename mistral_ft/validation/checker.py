@@ -21,7 +21,6 @@ from typing import NamedTuple
 from mistral_ft.data.conversation import thinking_text
 from mistral_ft.data.formats import as_record
 from mistral_ft.data.image_fitter import TEXT_ONLY
-from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.pages import fingerprint, open_image, page_size
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import (
@@ -36,7 +35,7 @@ from mistral_ft.data.prompt.token_view import mark_learned
 from mistral_ft.data.records import MAX_NEW_TOKENS, Record, check_record, how_to_convert, image_blocks
 from mistral_ft.data.references import is_data_url, resolve, split_page
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, parse_line
+from mistral_ft.data.rows import RowSource, parse_line, read_json
 from mistral_ft.errors import UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.progress import Progress
@@ -70,6 +69,7 @@ CONTROL = Kind("texts that look like control tokens", fatal=False)
 OUTSIDE = Kind("images outside of their folder", fatal=False)
 SMALL = Kind("pages too small to read", fatal=False)
 SHRUNK = Kind("pages that lose small print", fatal=False)
+DENSITY = Kind("pages whose pixels are not square", fatal=False)
 DUPLICATE = Kind("duplicate records", fatal=False)
 SAME_ID = Kind("ids used twice", fatal=False)
 LEAK = Kind("rows of --eval that training has seen", fatal=False)
@@ -102,11 +102,12 @@ class Source(NamedTuple):
 
 
 class Page(NamedTuple):
-    """An image of a row: 64 bits of its fingerprint, and its size in pixels."""
+    """An image of a row: 64 bits of its fingerprint, its size in pixels, and what is unusual about their shape."""
 
     key: int
     width: int
     height: int
+    density: str | None = None
 
 
 class Tokens(NamedTuple):
@@ -177,12 +178,11 @@ class RowChecker:
             return Checked([Problem(LINE, "nested too deeply to be read")])
 
     def _check_record(self, record: Record, source: Source) -> Checked:
-        data, messages, expected = record.data, record.conversation, record.expected
+        data, messages = record.data, record.conversation
         problems = _check_texts([*messages, {"content": record.text}])
-        answer_is_object = None
-        if expected is not None:
-            answer_is_object, found = _check_answer(expected)
-            problems += found
+        of_answers = [_check_answer(answer, number) for number, answer in enumerate(record.answers, 1)]
+        problems += [problem for _, found in of_answers for problem in found]
+        answer_is_object = of_answers[0][0] if of_answers else None
 
         pages, grids = [], []
         names = image_blocks(messages)
@@ -225,6 +225,8 @@ class RowChecker:
         size = f"image {name} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
             problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution", name))
+        if page.density:
+            problems.append(Problem(DENSITY, f"image {name} of {page.density}", name))
         if self.fitter:
             try:
                 self.fitter.grid(page.width, page.height)
@@ -238,8 +240,8 @@ class RowChecker:
     def _open_page(self, reference: str) -> Page | str:
         """The page, opened and decoded as train does; or why that cannot be done."""
         try:
-            open_image(reference, self.fitter)
-            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter))
+            density = open_image(reference, self.fitter).info.get("density")
+            return Page(int(fingerprint(reference)[:16], 16), *page_size(reference, self.fitter), density)
         except ValueError as error:
             return str(error)
         except OSError as error:
@@ -286,16 +288,18 @@ def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
     return [Problem(CONTROL, f"{', '.join(found)} in a text is learned letter by letter; {remedy}")]
 
 
-def _check_answer(expected: str) -> tuple[bool, list[Problem]]:
-    """Whether an answer is a JSON object, and what is wrong with it."""
-    if not expected.strip():
-        return False, [Problem(EMPTY_ANSWER, "`expected` is empty: the model learns to say nothing")]
-    if not expected.lstrip().startswith("{"):
+def _check_answer(answer: str, number: int) -> tuple[bool, list[Problem]]:
+    """Whether a right answer, the first of which is learned, is a JSON object, and what is wrong with it."""
+    name = "`expected`" if number == 1 else f"answer {number} in `expected`"
+    if not answer.strip():
+        then = "the model learns to say nothing" if number == 1 else "saying nothing counts as right"
+        return False, [Problem(EMPTY_ANSWER, f"{name} is empty: {then}")]
+    if not answer.lstrip().startswith("{"):
         return False, []
     try:
-        return isinstance(read_json(expected), dict), []
+        return isinstance(read_json(answer), dict), []
     except ValueError as error:
-        return False, [Problem(BROKEN_JSON, f"`expected` starts like a JSON object and is none: {error}")]
+        return False, [Problem(BROKEN_JSON, f"{name} starts like a JSON object and is none: {error}")]
 
 
 def _key(value: Json) -> int:

@@ -11,9 +11,8 @@ from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 
-from mistral_ft.data.json_fields import flatten, parse_answer
 from mistral_ft.data.records import Record, checked
-from mistral_ft.data.rows import RowSource, parse_line
+from mistral_ft.data.rows import RowSource, flatten, parse_answer, parse_line
 from mistral_ft.files import Json
 from mistral_ft.validation.checker import Place, Source, texts_of
 

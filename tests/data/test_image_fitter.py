@@ -9,7 +9,8 @@ from PIL import ExifTags, Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.pages import open_image, page_size, to_rgb
+from mistral_ft.data.pages import open_image, page_size
+from mistral_ft.data.picture.colours import to_rgb
 from mistral_ft.errors import UserError
 from tests.conftest import TINY
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mistral_ft.data.json_fields import fields_of, flatten, has_half, is_too_deep
+from mistral_ft.data.rows import fields_of, flatten, has_half, is_too_deep
 
 
 @pytest.mark.parametrize(

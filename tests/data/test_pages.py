@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from mistral_ft.data.dataset import RecordDataset, measure_records
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.pages import MAX_PIXELS, fingerprint, limit_pixels, open_image, page_size, page_sizes
+from mistral_ft.data.pages import MAX_PIXELS, fingerprint, limit_pages, open_image, page_size, page_sizes
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.records import read_records
 from mistral_ft.data.references import check_reference, expand, expand_pages, resolve, split_page
@@ -267,13 +267,13 @@ class TestMostPixels:
 
     def test_the_limit_reaches_workers(self, folder, processor):
         dataset = RecordDataset(read_records([write_jsonl(folder / "a.jsonl", [row(0, "A", ["a.png"])])]), processor)
-        limit_pixels(1000)
+        limit_pages(1000, None)
         loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
         with pytest.raises(
             UserError, match="a.png has more than 0 million pixels; scale it down, or raise --max_image_p"
         ):
             list(loader)
-        limit_pixels(84 * 56)
+        limit_pages(84 * 56, None)
         assert open_image(folder / "a.png").size == (84, 56)
 
     @pytest.mark.parametrize("step", ["train", "predict", "validate_data"])

@@ -6,7 +6,7 @@ import pytest
 
 from mistral_ft.data.records import read_records
 from mistral_ft.errors import UserError
-from tests.conftest import row
+from tests.conftest import row, write_jsonl
 
 GOOD = json.dumps(row(0, "A"))
 TRAILING = '{"messages": [{"role": "user", "content": "a"},], "expected": "b"}'
@@ -120,6 +120,22 @@ FAULTS = {
     "number as expected": (
         '{"messages": [{"role": "user", "content": "a"}], "expected": 12}',
         "`expected` must be a string, got the number 12; put JSON answers in quotes",
+    ),
+    "no right answer": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": []}',
+        "`expected` is an empty list; name at least one right answer in it, or leave it out",
+    ),
+    "null among right answers": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": ["b", null]}',
+        "answer 2 in `expected` must be a string, got nothing; put JSON answers in quotes",
+    ),
+    "an object among right answers": (
+        '{"messages": [{"role": "user", "content": "a"}], "expected": [{"b": 1}]}',
+        "answer 1 in `expected` must be a string, got an object; put JSON answers in quotes",
+    ),
+    "answers beside the last message": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "expected": ["b"]}',
+        "the answer is there twice, as the last message and in `expected`; leave out one of them",
     ),
     "no expected": (
         '{"messages": [{"role": "user", "content": "a"}]}',
@@ -253,3 +269,14 @@ def test_several_files_are_read_in_order(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row(number)))
     records = read_records([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])
     assert [record.data["id"] for record in records] == [1, 2]
+
+
+def test_the_first_of_several_right_answers_is_learned(tmp_path):
+    asked = {"role": "user", "content": "a"}
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": [asked], "expected": ["b", "c", "b"]}])
+    (record,) = read_records([path], expected_required=True)
+    assert record.answers == ["b", "c"]
+    assert record.expected == "b"
+    assert record.conversation == [asked, {"role": "assistant", "content": "b", "weight": 1}]
+    assert (record.messages, record.learned) == ([asked], ["b"])
+    assert record.row == {"messages": [asked], "expected": ["b", "c", "b"]}  # what predict writes

@@ -272,3 +272,14 @@ def test_a_file_of_separated_values(tmp_path, suffix, mark):
     assert "score" not in first.data
     assert second.image_paths == []
     assert second.data["score"] == 2.5
+
+
+def test_columns_of_several_right_answers(tmp_path):
+    rows = [{"prompt": f"Q{k}", "completion": answers} for k, answers in enumerate((["A", "B"], [], ["C", None]))]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    reason = "`completion` is an empty list; name at least one right answer in it, or leave it out"
+    with pytest.raises(UserError, match=f"data.parquet:2: {reason} .and 1 more bad rows, on lines 3."):
+        read_records([tmp_path / "data.parquet"])
+    datasets.Dataset.from_list(rows[:1]).to_parquet(tmp_path / "good.parquet")
+    (record,) = read_records([tmp_path / "good.parquet"], expected_required=True)
+    assert record.data == {"messages": [{"role": "user", "content": "Q0"}], "expected": ["A", "B"]}

@@ -101,6 +101,36 @@ class TestRecord:
         assert shown["fields"] == [["language", "fr"], ["meta", '{"year": 1990}']]
         assert shown["right"] is False
 
+    def test_several_right_answers(self, serve):
+        rows = [row(0, ["12 May", "12.05.", "May 12"]) | {"actual": "12.06."}, row(1, ["A", "B"]) | {"actual": "B"}]
+        client = serve(rows)
+        shown = client.get("/api/row?row=0").json()
+        assert (shown["expected"], shown["others"]) == ("12 May", ["12.05.", "May 12"])
+        assert (shown["right"], shown["editable"], shown["problem"]) == (False, True, None)
+        assert shown["diff"]["nearest"] == 1
+        assert shown["diff"]["words"] == [["12.", "12."], ["05", "06"], [".", "."]]
+        assert shown["metrics"]["cer"] == pytest.approx(1 / 6)
+        assert ids(client, show="correct") == ["1"]
+        assert ids(client, text="may 12") == ["0"]
+        first = client.get("/api/view", params={"sort": "length"}).json()["first"]
+        assert [summary["expected"] for summary in first] == ["A", "12 May"]
+
+    def test_json_among_several_right_answers(self, serve):
+        client = serve([row(0, ["none", '{"sum": 4, "tax": 1}', '{"sum": 5}']) | {"actual": '{"sum": 5, "tax": 3}'}])
+        assert client.get("/api/row?row=0").json()["json_fields"] == [
+            ["sum", "5", "5", True, None], ["tax", None, "3", False, None],
+        ]  # fmt: skip
+
+    def test_a_list_of_no_right_answers_is_shown_with_what_is_wrong(self, serve):
+        client = serve([row(0) | {"expected": ["A", 1], "actual": "A"}, row(1) | {"expected": [], "actual": "A"}])
+        shown = [client.get("/api/row", params={"row": k}).json() for k in range(2)]
+        assert [one["expected"] for one in shown] == ['["A", 1]', "[]"]
+        assert (
+            shown[0]["problem"]
+            == "answer 2 in `expected` must be a string, got the number 1; put JSON answers in quotes"
+        )
+        assert [(one["right"], one["editable"], one["others"]) for one in shown] == [(None, False, [])] * 2
+
     def test_thinking_stands_apart(self, serve):
         shown = serve([THOUGHT]).get("/api/row?row=0").json()
         assert shown["messages"] == [
@@ -150,6 +180,10 @@ class TestRecord:
         assert shown["image"] == 12
         learned = [text for part in shown["stretches"] if part["learned"] for text in part["texts"]]
         assert "".join(learned) == "Decree 20 on Salt</s>"
+        several = serve(write_jsonl(pages / "several.jsonl", [row(0, ["A", "B"])]), model=TINY)
+        shown = several.get("/api/token_view?row=0").json()
+        learned = [text for part in shown["stretches"] if part["learned"] for text in part["texts"]]
+        assert "".join(learned) == "A</s>"
         two = client.get("/api/token_view?row=5").json()
         assert [part["grid"] for part in two["stretches"] if part["kind"] == "image"] == [[2, 3], [2, 3]]
 
@@ -213,6 +247,16 @@ class TestComparison:
         shown = serve(other=write_jsonl(tmp_path / "o.jsonl", other)).get("/api/row?row=1").json()
         assert (shown["other"]["right"], shown["other"]["expects_otherwise"]) == (False, True)
 
+    def test_other_files_are_held_against_all_right_answers(self, serve, tmp_path):
+        other = write_jsonl(tmp_path / "o.jsonl", [row(0, "A") | {"actual": "B"}, row(1, ["A"]) | {"actual": "x"}])
+        client = serve([row(0, ["A", "B"]) | {"actual": "x"}, row(1, "A") | {"actual": "A"}], other=other)
+        shown = [client.get("/api/row", params={"row": k}).json() for k in range(2)]
+        assert [(one["other"]["right"], one["other"]["expects_otherwise"]) for one in shown] == [
+            (True, True), (False, False),
+        ]  # fmt: skip
+        assert [one["change"] for one in shown] == ["broken", "fixed"]
+        assert shown[0]["other"]["diff"]["nearest"] == 1
+
 
 class TestScores:
     def test_the_numbers_are_those_of_score(self, serve, tmp_path, run_cli):
@@ -237,6 +281,17 @@ class TestScores:
         view = client.get("/api/view", params={"field": "language", "value": "(none)"}).json()["view"]
         scores = client.get("/api/scores", params={"view": view}).json()
         assert (scores["hits"], scores["count"], scores["corrected"]) == (2, 4, 1)
+
+    def test_of_several_right_answers_with_corrections(self, serve):
+        client = serve(
+            [row(0, ["A", "B"]) | {"actual": "B"}, row(1, ["A", "B"]) | {"actual": "C"}, row(2) | {"actual": ""}]
+        )
+        decide(client, 0, expected="Z")
+        view = client.get("/api/view").json()["view"]
+        scores = client.get("/api/scores", params={"view": view}).json()
+        assert (scores["hits"], scores["count"], scores["corrected"]) == (1, 2, 1)  # "B" is right still
+        decide(client, 1, expected="C")
+        assert client.get("/api/scores", params={"view": view}).json()["hits"] == 2
 
     def test_by_page_size(self, serve, tmp_path):
         make_page(tmp_path / "0.png", 0)

@@ -75,6 +75,26 @@ class TestReviews:
         assert export(tmp_path / "p.jsonl", tmp_path / "out.jsonl").edited == 1
         assert [r["expected"] for r in read_rows(tmp_path / "out.jsonl")] == ["A", "second", "A"]
 
+    def test_a_correction_keeps_the_other_right_answers(self, serve, tmp_path):
+        rows = [row(k, ["A", "B", "C"]) | {"actual": "B"} for k in range(4)] + [row(4, ["A"]), row(5, "A")]
+        client = serve(rows)
+        decide(client, 0, reviewed=True)
+        for number, text in ((1, "Z"), (2, "B"), (3, "A"), (4, "Z"), (5, "Z")):
+            decide(client, number, expected=text, reviewed=True)
+        shown = [client.get("/api/row", params={"row": k}).json() for k in range(6)]
+        assert [(one["expected"], one["others"]) for one in shown] == [
+            ("A", ["B", "C"]), ("Z", ["B", "C"]), ("B", ["A", "C"]), ("A", ["B", "C"]), ("Z", []), ("Z", []),
+        ]  # fmt: skip
+        assert [one["source_expected"] for one in shown] == ["A"] * 6
+        assert ids(client, show="edited") == ["1", "2", "4", "5"]  # what the file says is no correction
+        assert [r["expected"] for r in read_rows(log_path(tmp_path / "p.jsonl"))] == [None, "Z", "B", None, "Z", "Z"]
+        assert export(tmp_path / "p.jsonl", tmp_path / "out.jsonl").edited == 4
+        assert [r["expected"] for r in read_rows(tmp_path / "out.jsonl")] == [
+            ["A", "B", "C"], ["Z", "B", "C"], ["B", "A", "C"], ["A", "B", "C"], ["Z"], "Z",
+        ]  # fmt: skip
+        decide(client, 1, expected=None, reviewed=False)
+        assert client.get("/api/row?row=1").json()["expected"] == "A"
+
     def test_half_a_line_at_the_logs_end_is_removed(self, tmp_path, capsys):
         path = tmp_path / "p.jsonl"
         log = ReviewLog(path)

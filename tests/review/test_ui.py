@@ -166,6 +166,41 @@ def test_differences_by_words_and_characters(start, open_page):
     assert page.locator("table[aria-label='JSON fields'] tr.wrong").inner_text().split() == ["tax", "1", "2", "–"]
 
 
+def test_several_right_answers_are_shown_and_kept(start, open_page, folder):
+    rows = [row(0, ["12 May", "12.05.", "May 12"]) | {"actual": "12.06."}, row(1, ["A", "B"]) | {"actual": "B"}]
+    write_jsonl(folder / "several.jsonl", rows)
+    page = open_page(start(file="several.jsonl"))
+    shown(page, "0")
+    assert page.get_by_test_id("expected").inner_text() == "12 May"
+    assert page.get_by_test_id("or").all_inner_texts() == ["12.05.", "May 12"]
+    assert page.locator("[data-testid=or] del").all_inner_texts() == ["05"]  # of the nearest
+    assert page.locator("[data-testid=expected] del").count() == 0
+    assert page.locator("[data-testid=actual] ins").all_inner_texts() == ["06"]
+    press(page, "e")
+    assert page.input_value("#edited") == "12 May"
+    page.fill("#edited", "12 June")
+    press(page, "Control+Enter")
+    said(page, "Saved.")
+    assert page.get_by_test_id("expected").inner_text() == "12 June"
+    assert page.get_by_test_id("or").all_inner_texts() == ["12.05.", "May 12"]
+    press(page, "j")
+    shown(page, "1")
+    assert page.locator("#badges .badge").all_inner_texts() == ["right"]
+    press(page, "s")
+    said(page, "The actual answer is the expected one now.")
+    until(page, "document.querySelector('[data-testid=expected]').textContent === 'B'")
+    assert page.get_by_test_id("or").all_inner_texts() == ["A"]
+    press(page, "u")
+    said(page, "Undone: 1")
+    until(page, "document.querySelector('[data-testid=expected]').textContent === 'A'")
+    press(page, "a")
+    said(page, "Accepted.")
+    page.get_by_role("button", name="Export").click()
+    page.wait_for_selector("#exported")
+    exported = read_rows(folder / "several.corrected.jsonl")
+    assert [record["expected"] for record in exported] == [["12 June", "12.05.", "May 12"], ["A", "B"]]
+
+
 def test_pages_zoom_pan_rotate_and_tabs(start, open_page):
     page = open_page(start(), "#id=2")
     shown(page, "2")

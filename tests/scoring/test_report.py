@@ -229,3 +229,14 @@ def test_long_answers_are_shortened():
 )  # fmt: skip
 def test_a_share_is_never_rounded_to_all_or_nothing(share, text):
     assert percent(share) == text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def test_other_right_answers_stand_beside_the_nearest(report, tmp_path):
+    rows = [row(0, ["12 May", "<b>\u202e", "12.05.", *map(str, range(11))]) | {"actual": "12.06."}]
+    before = write_jsonl(tmp_path / "before.jsonl", [rows[0] | {"actual": "12 May"}])
+    page = report(rows, "--compare", before)
+    shown = Page(page).text("examples")
+    assert "expected 12.05. or 12 May or <b>\\u202e or 0 or 1 " in shown
+    assert "or 7 or … (3 more) answered 12.06." in shown
+    assert "or 7 or … (3 more) before 12 May now 12.06." in Page(page).text("comparison")
+    assert "<b>\\" not in page

@@ -24,6 +24,7 @@ SHOWN = {
     "dataset": "training/test_config.py::test_the_runs_own_file_repeats_it",
     "images_dir": "training/test_evaluation.py::test_answers_are_those_of_predict",
     "max_image_pixels": "data/test_pages.py::test_the_flag",
+    "pdf_seconds": "data/test_pdf.py::test_the_flag",
     "keep_image_tag": "data/test_row_images.py::test_the_tag_is_text_for_who_says_so",
     "max_seq_length": "steps/test_cli.py::test_records_that_are_too_long",
     "model_id": "steps/test_cli.py::test_models_that_are_none",

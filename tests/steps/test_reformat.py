@@ -126,6 +126,16 @@ GOOD = {
         {"prompt": "Q", "completion": "A", "system": "S"},
         {"messages": [says("system", "S"), says("user", "Q")], "expected": "A"},
     ),
+    "native with several right answers": (
+        "native",
+        {"messages": [says("user", "Q")], "expected": ["A", "B", "A"]},
+        {"messages": [says("user", "Q")], "expected": ["A", "B", "A"]},
+    ),
+    "question and several right answers": (
+        "columns",
+        {"question": "Q", "answer": ["A", "B"]},
+        {"messages": [says("user", "Q")], "expected": ["A", "B"]},
+    ),
     "question and answer": (
         "columns",
         {"question": "Q", "answer": "A", "image": "a.png"},
@@ -175,6 +185,41 @@ def test_columns_of_other_names(tmp_path, run_cli):
     assert read_rows(tmp_path / "out.jsonl") == [
         {"id": 7, "messages": [says("user", [image("x.png"), text("Q")])], "expected": "A"}
     ]
+
+
+def test_columns_of_several_right_answers(tmp_path, run_cli):
+    docvqa = {"questionId": 7, "question": "Q", "image": "a.png", "answers": ["12 May", "12.05."], "answer": None}
+    path = write_jsonl(tmp_path / "in.jsonl", [docvqa, docvqa | {"answers": []}, docvqa | {"answers": ["A", 3]}])
+    columns = ["--map", "prompt=question", "--map", "answer=answers", "--map", "image=image"]
+    code, stdout, _ = run_cli("reformat_data", path, tmp_path / "out.jsonl", *columns)
+    assert code == 0
+    assert stdout.splitlines()[1:4] == [
+        "3 rows read, 1 written, 2 dropped",
+        "  1 × `answers` is an empty list; name at least one right answer in it, or leave it out (row 2)",
+        "  1 × answer 2 in `answers` must be a string, got the number 3; put JSON answers in quotes (row 3)",
+    ]
+    asked = [says("user", [image("a.png"), text("Q")])]
+    assert read_rows(tmp_path / "out.jsonl") == [
+        {"id": "in-1", "messages": asked, "expected": ["12 May", "12.05."], "questionId": 7}
+    ]
+
+
+def test_columns_within_columns(tmp_path, run_cli):
+    squad = {"qa": {"question": "Q"}, "answers": {"text": ["A", "B"], "answer_start": [3, 9]}}
+    path = write_jsonl(tmp_path / "in.jsonl", [squad, squad | {"answers": {"text": [], "answer_start": []}}])
+    columns = ["--map", "prompt=qa.question", "--map", "answer=answers.text"]
+    code, stdout, _ = run_cli("reformat_data", path, tmp_path / "out.jsonl", *columns)
+    assert code == 0
+    assert "  1 × `answers.text` is an empty list; name at least one right answer in it, or leave it out" in stdout
+    assert read_rows(tmp_path / "out.jsonl") == [
+        {"id": "in-1", "messages": [says("user", "Q")], "expected": ["A", "B"]} | squad  # columns are not cut up
+    ]
+    line = refused(run_cli, path, tmp_path / "no.jsonl", *columns[:3], "answer=answers")
+    assert "row 1: `answers` is an object; name a field of it: --map answer=answers.text" in line
+    dotted = write_jsonl(tmp_path / "dotted.jsonl", [{"q.a": "Q", "q": {"a": "no"}, "a": "A"}])
+    columns = ["--map", "prompt=q.a", "--map", "answer=a"]
+    assert run_cli("reformat_data", dotted, tmp_path / "own.jsonl", *columns)[0] == 0
+    assert read_rows(tmp_path / "own.jsonl")[0]["messages"] == [says("user", "Q")]
 
 
 def test_one_question_for_all_rows(tmp_path, run_cli):

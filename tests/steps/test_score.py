@@ -16,7 +16,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from mistral_ft.data.json_fields import fields_of
+from mistral_ft.data.rows import fields_of
 from mistral_ft.errors import UserError
 from mistral_ft.scoring import statistics
 from mistral_ft.scoring import totals as scoring
@@ -29,7 +29,16 @@ from mistral_ft.scoring.confidence import (
     risk_coverage,
     threshold_for,
 )
-from mistral_ft.scoring.metrics import anls, fold, grade, is_exact, is_hit, token_f1
+from mistral_ft.scoring.metrics import (
+    Grade,
+    anls,
+    fields_to_compare,
+    fold,
+    grade,
+    is_exact,
+    is_hit,
+    token_f1,
+)
 from mistral_ft.scoring.mistakes import Common, confusions
 from mistral_ft.scoring.statistics import mcnemar, paired_bootstrap, wilson
 from mistral_ft.scoring.totals import Options, Totals, figures, score_file
@@ -69,6 +78,8 @@ def test_the_first_line_and_every_row_that_needs_a_word(tmp_path, run_cli):
         ("", "no row has `expected`"),
         ('{"expected": "a", "actual": "a"}\n{"expec', ":2: the line ends in the middle of the record"),
         ('{"expected": 3, "actual": "a"}', ":1: `expected` must be a string"),
+        ('{"expected": [], "actual": "a"}', ":1: `expected` is an empty list"),
+        ('{"expected": ["a", 3], "actual": "a"}', ":1: answer 2 in `expected` must be a string, got the number 3"),
     ],
 )
 def test_files_that_cannot_be_scored_are_refused(tmp_path, run_cli, text, reason):
@@ -649,3 +660,93 @@ def test_nothing_is_written_if_a_later_step_fails(tmp_path, run_cli):
     assert (code, out) == (2, "")
     assert "share no row that can be scored" in err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+# (right answers, answer): the grade, computed by hand.
+SEVERAL = [
+    (["12 May 1990", "12.05.1990"], "12.05.1990", Grade(True, True, 0, 10, 0, 1, 1.0, 1.0)),
+    (["12 May 1990", "12.05.1990"], "12.05.1991", Grade(False, False, 1, 10, 3, 3, 0.9, 0.0)),  # words: 3/3 and 1/1
+    (["X", "Paris"], " paris", Grade(False, True, 1, 5, 1, 1, 1.0, 1.0)),
+    # Edits per character: 3/3 and 2/4, per word: 1/1 and 1/2; ANLS 0 and 1 - 2/4, which is not below the threshold.
+    (["abc", "x yz"], "x ab", Grade(False, False, 2, 4, 1, 2, 0.0, 0.5)),
+    (["", "ab"], "ac", Grade(False, False, 1, 2, 1, 1, 0.0, 0.0)),
+    (["", "ab"], "", Grade(True, True, 0, 0, 0, 0, 1.0, 1.0)),
+    (["a b", "abcd"], None, Grade(False, False, 3, 3, 2, 2, 0.0, 0.0)),
+    # Edits per character: 4/7 and 8/14, the first of equals; F1: 2/4 and 4/5.
+    (["one two", "two three four"], "three two", Grade(False, False, 4, 7, 1, 2, 1 - 4 / 9, 0.8)),
+]
+
+
+@pytest.mark.parametrize(("expected", "actual", "worth"), SEVERAL)
+def test_of_several_right_answers_the_best_counts(expected, actual, worth):
+    given = {"expected": expected} | ({} if actual is None else {"actual": actual})
+    assert grade(given) == worth
+    assert is_hit(given) is worth.hit
+
+
+FORMS = ['{"sum": 4, "tax": 1}', '{"sum": 4, "net": 3, "currency": "EUR"}', "none"]
+
+
+@pytest.mark.parametrize(
+    ("actual", "wanted", "found"),
+    [
+        (FORMS[0], {"sum": "4", "tax": "1"}, {"sum": "4", "tax": "1"}),
+        (
+            '{"currency": "EUR", "net": 3}',
+            {"sum": "4", "net": "3", "currency": '"EUR"'},
+            {"currency": '"EUR"', "net": "3"},
+        ),
+        ("None", None, None),  # nearest to the one that is no JSON
+        ('{"sum": 4, "tax": 1', {"sum": "4", "tax": "1"}, None),
+        (None, {"sum": "4", "tax": "1"}, None),
+    ],
+)
+def test_fields_are_compared_with_the_answer_that_has_most_of_them(actual, wanted, found):
+    given = {"expected": FORMS} | ({} if actual is None else {"actual": actual})
+    assert fields_to_compare(given) == (wanted, found)
+
+
+def test_several_right_answers_in_a_file(tmp_path, run_cli):
+    rows = [
+        row(0, ["A", "B"]) | {"actual": "B"},
+        row(1, ["stone bridge", "Bridge of stone"]) | {"actual": "Bridge of stona"},
+        row(2, ["D"]) | {"actual": "E"},
+        row(3, FORMS[:2]) | {"actual": FORMS[1]},
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    code, out, err = run_cli("score", path, "-e", tmp_path / "e.jsonl", "--json", "--by", "answer_length")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["hits"], found["count"]) == (2, 4)
+    assert found["cer"] == (0 + 1 + 1 + 0) / (1 + 15 + 1 + 39)
+    assert found["wer"] == (0 + 1 + 1 + 0) / (1 + 3 + 1 + 6)
+    assert found["json"]["count"] == found["json"]["f1"] == 1
+    assert list(found["json"]["fields"]) == ["sum", "net", "currency"]
+    assert found["wrong"]["words"]["replaced"] == [
+        {"expected": "D", "answered": "E", "count": 1}, {"expected": "stone", "answered": "stona", "count": 1},
+    ]  # fmt: skip
+    assert {name: part["count"] for name, part in found["slices"].items()} == {
+        "up to 10 characters": 2, "up to 20 characters": 2,
+    }  # fmt: skip
+    assert read_rows(tmp_path / "e.jsonl") == rows[1:3]
+
+
+def test_a_list_of_one_scores_as_its_string(tmp_path, run_cli):
+    strings = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    lists = write_jsonl(
+        tmp_path / "b.jsonl", [r | ({"expected": [r["expected"]]} if "expected" in r else {}) for r in ROWS]
+    )
+    arguments = ("--json", "--by", "answer_length")
+    assert run_cli("score", strings, *arguments) == run_cli("score", lists, *arguments)
+    found = compare_files(strings, lists)
+    assert (found.count, found.before, found.after) == (7, 3, 3)
+
+
+def test_files_with_other_right_answers_are_not_compared(tmp_path):
+    files = [
+        write_jsonl(tmp_path / f"{k}.jsonl", [row(0, expected) | {"actual": "A"}])
+        for k, expected in enumerate((["A", "B"], ["A", "B", "A"], ["A"]))
+    ]
+    assert compare_files(files[0], files[1]).count == 1
+    with pytest.raises(UserError, match="are the same record but expect different answers; compare on the same data"):
+        compare_files(files[0], files[2])

@@ -54,7 +54,7 @@ class Repository:
         # What comes after the set-up is left out.
         before, line, _ = (self.path / "run.sh").read_text().partition(". .venv/bin/activate\n")
         (self.path / "run.sh").write_text(before + line + 'echo "started in $VIRTUAL_ENV"\n')
-        for name in ("requirements.txt", "requirements-dev.txt", "requirements-4bit.txt"):
+        for name in ("requirements.txt", "requirements-dev.txt", "requirements-4bit.txt", "requirements-heic.txt"):
             (self.path / name).write_text(f"# {name}\n")
         self.venv = self.path / ".venv"
         self.bin = folder / "bin"
@@ -276,6 +276,7 @@ def test_tests_need_more_packages(installed):
     [
         ("requirements.txt", [INSTALL], [INSTALL_DEV]),
         ("requirements-4bit.txt", [], [INSTALL_DEV]),
+        ("requirements-heic.txt", [], [INSTALL_DEV]),
         ("requirements-dev.txt", [], [INSTALL_DEV]),
     ],
 )

@@ -50,9 +50,15 @@ def test_evaluation_leaves_no_trace_in_what_is_learned(pages, train_tiny, layout
     assert logged == [[entry[name] for name in own] for entry in history(plain) if "loss" in entry]
 
 
-def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path):
+@pytest.mark.parametrize("several", [False, True])
+def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path, several):
     rows = read_rows(ROOT / "dataset/train.jsonl")
     learned, asked = write_jsonl(tmp_path / "a.jsonl", rows[:32]), write_jsonl(tmp_path / "b.jsonl", rows[32:42])
+    processor = Processor.from_folder(TINY)
+    sizes = measure_records(read_records([asked], ROOT / "dataset"), processor, 1000)
+    longest = max(size.labels for size in sizes)  # an answer is given no more tokens than that
+    if several:  # the right answer that is learned is the shorter one
+        write_jsonl(asked, [r | {"expected": ["No.", r["expected"]]} for r in rows[32:42]])
     images = ("--images_dir", ROOT / "dataset")
     run = train_tiny(
         learned, *images, "--eval_dataset", asked, "--num_train_epochs", 1, "--learning_rate",
@@ -60,14 +66,15 @@ def test_answers_are_those_of_predict(train_tiny, run_cli, tmp_path):
     )  # fmt: skip
     (last,) = evaluations(run)
     assert last["epoch"] == 1  # of itself, after each epoch
-    processor = Processor.from_folder(TINY)
-    sizes = measure_records(read_records([asked], ROOT / "dataset"), processor, 1000)
-    longest = max(size.labels for size in sizes)  # an answer is given no more tokens than that
     predicted = tmp_path / "out.jsonl"
     assert run_cli("predict", asked, run, *images, "-o", predicted, "--max_new_tokens", longest)[0] == 0
     score = json.loads(run_cli("score", predicted, "--json")[1])
     assert last["eval_exact_match"] == score["hits"] / 10 > 0
-    found = [edit_counts(row["actual"], row["expected"])[:2] for row in read_rows(predicted)]
+    assert [row["expected"] for row in read_rows(predicted)] == [row["expected"] for row in read_rows(asked)]
+    found = [
+        edit_counts(row["actual"], before["expected"])[:2]
+        for row, before in zip(read_rows(predicted), rows[32:42], strict=True)
+    ]
     assert last["eval_cer"] == sum(edits for edits, _ in found) / sum(count for _, count in found) > 0
 
 

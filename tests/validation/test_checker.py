@@ -143,6 +143,14 @@ FAULTS = {
     "surrogate in a key": (rb'{"\ud800": 1}', SURROGATE),
     "surrogate in the answer": (rb'{"messages": [{"role": "user", "content": "a"}], "expected": "\udfff"}', SURROGATE),
     # Schema
+    "no right answer": (
+        record(expected=[]),
+        "`expected` is an empty list; name at least one right answer in it, or leave it out",
+    ),
+    "null among right answers": (
+        record(expected=[None]),
+        "answer 1 in `expected` must be a string, got nothing; put JSON answers in quotes",
+    ),
     "empty object": (b"{}", "no `messages`; expected a list of messages with `role` and `content`"),
     "messages null": (record(messages=None), "no `messages`; expected a list of messages with `role` and `content`"),
     "messages a string": (record(messages="Hi"), MESSAGE + "a string"),
@@ -363,6 +371,15 @@ WARNINGS = {
         "[IMG] in a text is learned letter by letter; remove it if it is no text",
     ),
     "empty answer": (record(expected=" "), "`expected` is empty: the model learns to say nothing"),
+    "empty answer among several": (
+        record(expected=["a", ""]),
+        "answer 2 in `expected` is empty: saying nothing counts as right",
+    ),
+    "answer of broken JSON among several": (
+        record(expected=["{}", '{"a": 1']),
+        "answer 2 in `expected` starts like a JSON object and is none: "
+        "Expecting ',' delimiter: line 1 column 8 (char 7)",
+    ),
     "answer of broken JSON": (
         record(expected='{"a": 1'),
         "`expected` starts like a JSON object and is none: Expecting ',' delimiter: line 1 column 8 (char 7)",
@@ -418,6 +435,7 @@ def test_a_doubt_is_a_warning(checker, folder, fault):
     [
         (record(), 2), (record() + b"\r\n", 2), (b"\xef\xbb\xbf" + record(), 1), (b" \t\r\n", 2), (b"", 2),
         (record(id=[1, {}]), 2), (shows("good.png"), 2), (record(expected="😀 é ﬁ \u2028"), 2),
+        (record(expected=["a", "b", "a"]), 2), (record(expected=['{"a": 1}', "[INST]"]), 2),
     ],
 )  # fmt: skip
 def test_what_is_good_is_left_alone(checker, folder, line, number):
