@@ -359,7 +359,7 @@ def main() -> None:
     args = parse_arguments()
     rows = write_rows(args.folder, args.count)
     seconds = ["--pdf_seconds", args.pdf_seconds]
-    run("validate", "validate_data", rows, "--model_id", TINY, "--all", *seconds)
+    run("validate", "validate_data", rows, "--model_id", TINY, *seconds)
     run(
         "predict",
         "predict",
