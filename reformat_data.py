@@ -25,12 +25,13 @@ from mistral_ft.data.foreign.annotations import ANNOTATIONS, JsonFolder
 from mistral_ft.data.foreign.llama_factory import INFO, ForeignSet, find_set, split_name
 from mistral_ft.data.foreign.unread import refuse_unread
 from mistral_ft.data.formats import FORMATS, convert, how_to_map, possible_formats, without_known_nulls
+from mistral_ft.data.json_fields import look_up
 from mistral_ft.data.pages import fingerprint
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.references import resolve
 from mistral_ft.data.row_images import keep_image_tag
 from mistral_ft.data.row_keys import hash_json
-from mistral_ft.data.rows import RowSource, data_files, is_table, look_up, read_objects
+from mistral_ft.data.rows import RowSource, data_files, is_table, read_objects
 from mistral_ft.data.splitting import Splitter
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import JsonObject, atomic_write, check_target

@@ -18,6 +18,7 @@ from mistral_ft.cli import ArgumentParser, run_step
 from mistral_ft.errors import UserError
 from mistral_ft.files import JsonObject
 from mistral_ft.folders import locate
+from mistral_ft.html import visible
 from mistral_ft.status import RUNNING, STATUS_FILE, read_status
 
 
@@ -41,7 +42,8 @@ def describe(status: JsonObject) -> str:
         parts.append(f"{tqdm.format_interval(status['seconds_left'])} left")
     if "error" in status:
         parts.append(status["error"])
-    return ", ".join([*parts, f"updated {status['updated']}"])
+    text = ", ".join([*parts, f"updated {status['updated']}"])
+    return visible(text, len(text))
 
 
 def main() -> int:
@@ -52,8 +54,8 @@ def main() -> int:
         time.sleep(1)
         status = read_status(folder)
     try:
-        print(json.dumps(status) if args.json else describe(status))
-    except (KeyError, TypeError, ValueError, OverflowError):
+        print(json.dumps(status, allow_nan=False) if args.json else describe(status))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{Path(folder, STATUS_FILE)}: broken: what should be a number is none") from None
     return 0 if status["state"] in (*RUNNING, "done") else 1
 

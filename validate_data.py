@@ -3,8 +3,10 @@
     python -m validate_data dataset/train.jsonl [--eval dataset/test.jsonl] [--model_id models/tiny]
 
 Problems are printed as `file:line: what`, warnings as `file:line: warning: what`, with a count of each kind at the
-end. Fatal is what train refuses. With --model_id, whose weights are not needed, rows are counted in tokens too: which
-are too long, which answers the tokenizer does not give back, what size pages are fed at.
+end. Of those that differ in names and numbers only, the first three are printed when they are found, and at the end
+how many more there are and on which lines; --all prints every one. Fatal is what train refuses. With --model_id, whose
+weights are not needed, rows are counted in tokens too: which are too long, which answers the tokenizer does not give
+back, what size pages are fed at.
 
 Exit code: 1 if anything is fatal, else 0; 2 if there was nothing to check.
 """
@@ -33,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_seq_length", type=int, help="tokens a record may have, with --model_id (default: 32768)")
     parser.add_argument("--write_clean", metavar="FILE", help="write the rows of FILE… that are not fatal to FILE")
     parser.add_argument("--report", metavar="FILE", help="write a page with all of it for a browser, such as data.html")
+    parser.add_argument("--all", action="store_true", help="print every problem, also those like others before")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N rows with the trained tokens marked")
     args = parser.parse_args()
     if not args.files and not args.eval:
@@ -68,10 +71,12 @@ def main() -> int | None:
     from mistral_ft.data.records import find_images_dir
     from mistral_ft.data.row_images import keep_image_tag
     from mistral_ft.folders import locate
+    from mistral_ft.html import visible
     from mistral_ft.progress import Progress
     from mistral_ft.validation.checker import CheckedRow, Source, check_files, describe, mark_trained
     from mistral_ft.validation.estimate import describe_training, is_measured
-    from mistral_ft.validation.tally import Examples, Tally
+    from mistral_ft.validation.folding import Folds
+    from mistral_ft.validation.tally import Tally
 
     limit_pages(args.max_image_pixels, args.pdf_seconds)
     keep_image_tag(args.keep_image_tag)
@@ -87,7 +92,7 @@ def main() -> int | None:
     fitter = processor.fitter if processor else None
 
     # 3. Row by row, on all cores.
-    tally, examples, kept = Tally(sources), Examples(), 0
+    tally, folds, kept = Tally(sources), Folds(), 0
     shown: list[CheckedRow] = []
     with contextlib.ExitStack() as files:
         clean = files.enter_context(atomic_write(args.write_clean, "wb")) if args.write_clean else None
@@ -95,8 +100,8 @@ def main() -> int | None:
         for row in rows:
             problems = tally.add(row)
             for problem in problems:
-                Progress.print(describe(row.place, problem))
-                examples.add(row.place, problem)
+                if folds.add(row.place, problem) or args.all:
+                    Progress.print(describe(row.place, problem))
             if any(problem.kind.fatal for problem in problems):
                 continue
             if len(shown) < args.show:
@@ -107,23 +112,26 @@ def main() -> int | None:
 
     # 4. Row against row: duplicates, pages that training and --eval share, formats.
     for place, problem in tally.compare_rows():
+        if folds.add(place, problem) or args.all:
+            print(describe(place, problem))
+    for place, problem in [] if args.all else folds.rests():
         print(describe(place, problem))
-        examples.add(place, problem)
 
     # 5. What it comes to.
     if processor:
         for row in shown:
-            print(f"{row.place}: {mark_trained(processor, row)}")
+            text = mark_trained(processor, row)
+            print(f"{row.place}: {visible(text, len(text))}")
     training = []
     if processor and is_measured(processor.folder) and len(lengths := tally.lengths()):
         training = list(describe_training(lengths, tally.longest()))
     for text in (*tally.summary(fitter), *training, *tally.verdict()):
-        print(text)
+        print(visible(text, len(text)))
     if args.report:
         from mistral_ft.validation.report import report  # slow to import
 
         with atomic_write(args.report) as file:
-            file.write(report(tally, examples, training, fitter))
+            file.write(report(tally, folds, training, fitter))
         print(f"Report in {args.report}")
     if args.write_clean:
         print(f"{kept:,} rows in {args.write_clean}")

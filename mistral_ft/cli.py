@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 from mistral_ft.distributed import first_to_fail, lost_another
 from mistral_ft.errors import DISK_FAULTS, UserError
+from mistral_ft.html import visible
 
 
 class OneLineErrors:
@@ -52,15 +54,16 @@ def run_step(main: Callable[[], int | None], unix_only: bool = False) -> None:
     # transformers imports it wherever it is installed, and on CPUs with AVX512-BF16 it warns of a kernel not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # who reads a log or a pipe sees each line when it is printed
+        # Who reads a log or a pipe sees each line when it is printed; a name that the terminal cannot show is no crash.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         if unix_only and importlib.util.find_spec("fcntl") is None:
             raise UserError("this step needs Linux, macOS or WSL: Windows lacks its file locks and signals")
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        # From a DataLoader worker comes its whole traceback; the last line is ours.
-        code = _fail(str(error).strip().splitlines()[-1].removeprefix("mistral_ft.errors.RecordError: "), 2)
+        # From a DataLoader worker comes its whole traceback; what follows the error's name is ours.
+        code = _fail(re.sub(r".*\bmistral_ft\.errors\.\w+: ", "", str(error), flags=re.DOTALL), 2)
     except KeyboardInterrupt as stop:
         code = _fail(str(stop) or "interrupted", 130)
     except BrokenPipeError:
@@ -89,5 +92,6 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _fail(text: str, code: int) -> int:
     if first_to_fail(text):
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        text = " ".join(text.split())
+        print(f"error: {visible(text, len(text))}", file=sys.stderr)  # of a record, it may hold anything
     return code

@@ -153,10 +153,9 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, data: Json) -> None:
-    """Write `data` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    """Write `data` as indented JSON, atomically; bytes of file names that are no UTF-8 become JSON's escapes."""
+    with atomic_write(path, "wb") as file:
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def read_json(path: str | os.PathLike) -> Json:
@@ -174,7 +173,7 @@ def read_settings(path: str | os.PathLike) -> JsonObject:
         data = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: broken: holds no JSON object")

@@ -18,7 +18,13 @@ def templates() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": "{:,}".format, "visible": visible, "lines": name_lines}
+    environment.filters |= {
+        "percent": percent,
+        "number": "{:,}".format,
+        "visible": visible,
+        "visible_lines": visible_lines,
+        "lines": name_lines,
+    }
     return environment
 
 
@@ -44,3 +50,9 @@ def visible(text: str, width: int = 60) -> str:
     """Text in one line, cut to `width` characters, with escapes for what a terminal or a page would not show."""
     text = text if len(text) <= width else f"{text[: width - 1]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible_lines(text: str, width: int) -> str:
+    """The same for text of several lines, which stay."""
+    text = text if len(text) <= width else f"{text[: width - 1]}…"
+    return "\n".join(visible(line, len(line)) for line in text.split("\n"))

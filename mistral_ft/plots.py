@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
@@ -152,16 +153,49 @@ def loss_plot(history: Sequence[JsonObject], best_step: int | None) -> str:
     return svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
 
 
-def histogram(values: Sequence[int], title: str) -> str:
-    """How many rows have how many tokens."""
+def histogram(values: np.ndarray, title: str, unit: str) -> str:
+    """How many rows have how much of something; on a logarithmic axis if few have far more than the others.
+
+    Args:
+        values: integers from 0 on, at least one.
+        unit: of the values, such as "tokens".
+    """
+    low, high = int(values.min()), int(values.max())
+    skewed = high > 20 * max(1, np.percentile(values, 90))
     with _style():
         figure, axes = _axes(4.2, 2.8)
-        axes.hist(values, bins=min(40, max(values) - min(values) + 1), color=ACCENT)
-        axes.set(xlabel="tokens", ylabel="rows", title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if skewed:
+            # From 1 on: a logarithmic axis has no 0.
+            axes.hist(values.clip(min=1), bins=np.geomspace(max(1, low), high + 1, 41).tolist(), color=ACCENT)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        else:
+            step = -(-(high - low + 1) // 40)
+            axes.hist(values, bins=(np.arange(low, high + step + 1, step) - 0.5).tolist(), color=ACCENT)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.set_xlim(max(-1, min(low, high - 4) - 1), max(high, low + 4) + step)  # one value makes no block
+        axes.set(xlabel=unit, ylabel="rows", title=title)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="x", visible=False)
-        return _svg(figure, f"{title}: tokens against rows")
+        return _svg(figure, f"{title}: {unit} against rows")
+
+
+def page_sizes_plot(sizes: np.ndarray) -> str:
+    """Width against height of pages; the more of one size, the larger its dot.
+
+    Args:
+        sizes: array of (width, height) in pixels, at least one.
+    """
+    step = max(1, int(sizes.max()) // 100)  # no more dots than can be told apart
+    dots, counts = np.unique((sizes // step) * step, axis=0, return_counts=True)
+    with _style():
+        figure, axes = _axes(4.2, 2.8)
+        axes.scatter(dots[:, 0], dots[:, 1], s=12 + 150 * counts / counts.max(), color=ACCENT, alpha=0.6, linewidths=0)
+        axes.set(xlabel="width, pixels", ylabel="height, pixels", title="Page sizes")
+        axes.set(xlim=(0, 1.08 * dots[:, 0].max()), ylim=(0, 1.08 * dots[:, 1].max()))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+        return _svg(figure, "Page sizes: width against height")
 
 
 @contextlib.contextmanager

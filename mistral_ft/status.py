@@ -41,9 +41,10 @@ class Status:
         self.written = -math.inf
 
     def update(self, state: str, **fields: Json) -> None:
-        """Take over what is known now; written at once if the state is another."""
+        """Take over what is known now, but for NaN and Infinity; written at once if the state is another."""
         now, changed = time.monotonic(), state != self.fields["state"]
-        self.fields |= {"state": state, **fields}
+        known = (self.fields | {"state": state, **fields}).items()
+        self.fields = {k: v for k, v in known if not isinstance(v, float) or math.isfinite(v)}
         if rank() or not (changed or now - self.written >= SECONDS):
             return
         self.written = now

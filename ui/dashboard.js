@@ -108,7 +108,9 @@ export function showScores(scores, mistakes, filter, fields) {
       table(
         `By ${scores.by}, worst first`,
         ["", "rows", "right", "CER"],
+        // Objects have keys that look like numbers first.
         Object.entries(scores.slices)
+          .sort(([, a], [, b]) => a.accuracy - b.accuracy || b.count - a.count)
           .slice(0, LISTED)
           .map(([value, part]) => [
             fields.has(scores.by)

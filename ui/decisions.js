@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { $, notify } from "./dom.js";
-import { closeEditor, openEditor } from "./editor.js";
+import { closeEditor, editedText, openEditor } from "./editor.js";
 import { enable, go, list, open, show, withView } from "./rows.js";
 import { state } from "./state.js";
 
@@ -98,7 +98,7 @@ export async function saveEdit() {
   // The list is being made again, and the record with it; the text stays in the editor.
   if (!state.record) return notify("The list is being made again; save once more.");
   const { key } = state.record;
-  const text = $("edited").value;
+  const text = editedText(state.record);
   state.drafts.delete(key);
   if (await decide({ reviewed: true, expected: text }, "Saved.")) {
     closeEditor();

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from mistral_ft.data.conversation import Message, with_weights
 from mistral_ft.data.foreign.columns import answer_of, json_of, value_of
 from mistral_ft.data.foreign.unread import refuse_pages, refuse_unread
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.row_images import IMAGE_COLUMNS, TAG, images_of, place_images, tidy
 from mistral_ft.files import Json, JsonObject
 
@@ -116,8 +117,8 @@ def _with_tools(row: JsonObject) -> JsonObject:
     if not isinstance(text, str):
         return row
     try:
-        tools = json.loads(text or "[]")
-    except (ValueError, RecursionError):
+        tools = read_json(text or "[]", halves=False)
+    except ValueError:
         raise ValueError("`tools` is text that is no JSON") from None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]

@@ -17,11 +17,10 @@ from typing import IO
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from mistral_ft.data import pdf
 from mistral_ft.data.foreign.file_kinds import HEAD, what_else
 from mistral_ft.data.foreign.paths import real_path, similar_path
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.data.picture import heic, tiff
+from mistral_ft.data.picture import heic, pdf, tiff
 from mistral_ft.data.picture.colours import to_rgb
 from mistral_ft.data.picture.density import square_pixels
 from mistral_ft.data.references import decode_data_url, is_data_url, split_page, table_of

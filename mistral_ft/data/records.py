@@ -15,7 +15,6 @@ A row may also be {"text": str}, plain text that is learned whole; or what `form
 record when it is read. Fields that are not named here are the user's and travel through predict untouched.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -25,10 +24,11 @@ from pathlib import Path
 from mistral_ft.data.conversation import answer_start, answer_text, merge_messages, thinking_of, with_weights
 from mistral_ft.data.foreign.unread import refuse_unread
 from mistral_ft.data.formats import DIRECT, as_record, how_to_map, possible_formats
+from mistral_ft.data.json_fields import kind_of, read_json
 from mistral_ft.data.references import check_reference, expand_pages, resolve
 from mistral_ft.data.row_images import IMAGE_COLUMNS, check_boxes, check_tag
 from mistral_ft.data.row_keys import right_answers
-from mistral_ft.data.rows import RowSource, is_table, kind_of, read_objects
+from mistral_ft.data.rows import RowSource, is_table, read_objects
 from mistral_ft.errors import RecordError, UserError, raise_all
 from mistral_ft.files import Json, JsonObject
 
@@ -322,8 +322,8 @@ def _check_tool_calls(calls: Json) -> None:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
+                arguments = read_json(arguments, halves=False)
+            except ValueError:
                 raise ValueError(f"`arguments` of {function['name']} are no JSON") from None
         if not isinstance(arguments, dict):
             raise ValueError(f"`arguments` of {function['name']} must be a JSON object, got {kind_of(arguments)}")

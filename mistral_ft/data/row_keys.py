@@ -3,8 +3,8 @@
 import hashlib
 import json
 
+from mistral_ft.data.json_fields import kind_of
 from mistral_ft.data.predictions import PREDICTED
-from mistral_ft.data.rows import kind_of
 from mistral_ft.files import Json, JsonObject
 
 _encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for every row

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mistral_ft.data.conversation import parsed
 from mistral_ft.data.foreign.file_kinds import HEAD, to_utf8, what_else
+from mistral_ft.data.json_fields import finite, has_half, is_too_deep, kind_of
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import Json, JsonObject
 from mistral_ft.folders import HUB_ID
@@ -144,7 +144,7 @@ def _load_array(path: Path) -> list[Json]:
         reason = f"not UTF-8 text: {error.reason} at byte {error.start + 1}"
         raise UserError(f"{path}: {reason}; {to_utf8(path)}") from None
     try:
-        rows = json.loads(text, parse_constant=_nothing)
+        rows = _decode(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: {_explain(text, error)}") from None
     except (ValueError, RecursionError):
@@ -157,6 +157,9 @@ def _load_array(path: Path) -> list[Json]:
 
 def _nothing(constant: str) -> None:
     """What NaN and Infinity are read as: no JSON has them, but pandas writes them for a value that is missing."""
+
+
+_decode = json.JSONDecoder(parse_constant=_nothing, parse_float=finite).decode  # json.loads would make one for each row
 
 
 def _to_json(value: Json) -> bytes:
@@ -196,10 +199,9 @@ def parse_line(
         text = raw.decode("utf-8-sig" if first else "utf-8")
         if not text.strip():
             return None
-        hook = None if repeated is None else functools.partial(_as_object, repeated)
-        data = json.loads(text, parse_constant=_nothing, object_pairs_hook=hook)
+        data = _decode(text) if repeated is None else _decode_noting(repeated, text)
         # JSON can spell half a surrogate pair, which is no text: no tokenizer encodes it and no file takes it.
-        half = r"\ud" in text.lower() and re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))
+        half = r"\ud" in text.lower() and has_half(json.dumps(data, ensure_ascii=False))
     except UnicodeDecodeError as error:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("not UTF-8 text but UTF-16; save the file as UTF-8") from None
@@ -209,13 +211,22 @@ def parse_line(
         raise ValueError(_explain(text, error)) from None
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
+    except UserError:
+        raise
     except ValueError:  # Python's limit against numbers that take minutes to read
         raise ValueError("holds a number of more than 4300 digits") from None
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {kind_of(data)}")
+    if is_too_deep(text, data):
+        raise ValueError("nested too deeply to be read")
     if half:
         raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no valid text")
     return data
+
+
+def _decode_noting(repeated: list[str], text: str) -> Json:
+    hook = functools.partial(_as_object, repeated)
+    return json.loads(text, parse_constant=_nothing, parse_float=finite, object_pairs_hook=hook)
 
 
 def _as_object(repeated: list[str], pairs: list[tuple[str, Json]]) -> JsonObject:
@@ -234,6 +245,8 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         column = f"column {position - text.rfind(chr(10), 0, position)}"
         return f"line {line + 1}, {column}" if "\n" in text.strip() else column
 
+    if text.startswith("\ufeff"):
+        return "not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig)"
     if text.strip() in ("[", "{"):
         return "not one JSON object per line: write each record on a line of its own, with no list around them"
     if text.startswith(("//", "/*", "#"), error.pos):
@@ -248,30 +261,3 @@ def _explain(text: str, error: json.JSONDecodeError) -> str:
         "; NUL bytes are what a download or copy leaves that broke off: fetch the file again" if "\0" in text else ""
     )
     return f"not JSON: {error.msg.removesuffix(' at')} at {place(error.pos)}{zeros}"
-
-
-def look_up(row: JsonObject, field: str) -> Json:
-    """A field's value; None if there is none.
-
-    Args:
-        field: `a.b` for nested ones unless the row has a field of just that name. Text on the way that is JSON is read,
-            and items of lists have numbers from 0.
-    """
-    value: Json = row
-    for name in [field] if field in row else field.split("."):
-        value = parsed(value) if isinstance(value, str) else value
-        if isinstance(value, list) and name.isdecimal():
-            value = dict(enumerate(value)).get(int(name))
-        else:
-            value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def kind_of(value: Json) -> str:
-    """What a JSON value is, in words."""
-    names = {type(None): "nothing", bool: "true/false", dict: "an object", list: "a list", str: "a string"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    if isinstance(value, str) and not value:
-        return "an empty string"
-    return names.get(type(value), f"the number {value}")

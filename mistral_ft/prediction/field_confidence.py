@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mistral_ft.data.json_fields import written_key
+
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -50,13 +52,19 @@ def field_confidences(text: str, ends: Sequence[int], log_probs: Sequence[float]
     Args:
         ends: where each of the answer's tokens ends in the text.
         log_probs: of these tokens.
+
+    Returns:
+        {"mean", "min"} by key, as `written_key` writes it.
     """
     tokens = list(zip([0, *ends], ends, log_probs, strict=False))
     found = {}
     for key, (start, end) in value_spans(text).items():
         own = [prob for first, last, prob in tokens if first < end and last > start]
         if own:
-            found[key] = {"mean": round(sum(own) / len(own), 4), "min": round(min(own), 4)}
+            found[written_key(key)] = {
+                "mean": round(sum(own) / len(own), 4),
+                "min": round(min(own), 4),
+            }
     return found
 
 

@@ -6,6 +6,7 @@ as text, never as HTML. Nothing a request says becomes a path: images are named 
 
 import asyncio
 import contextlib
+import json
 import traceback
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -21,9 +22,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from mistral_ft.data.json_fields import has_half
 from mistral_ft.data.pages import page_sizes
 from mistral_ft.data.row_keys import expected_of
 from mistral_ft.files import Json, JsonObject
+from mistral_ft.html import visible
 from mistral_ft.review.desk import Desk, run_jobs
 from mistral_ft.review.export import export
 from mistral_ft.review.index import COMPUTED, EDITED, FAILED, FLAGGED, HIT, REVIEWED, SCORED
@@ -58,6 +61,13 @@ MOST_ROWS = 200  # per request
 MOST_VALUES = 500  # of a field that are offered as filters
 MOST_VIEWS = 16  # lists that are kept, 4 bytes a row
 SCORED_HERE = 2_000  # rows; more are scored by another process
+
+
+class Answer(JSONResponse):
+    """JSON; bytes of file names that are no UTF-8 become its escapes."""
+
+    def render(self, content: Json) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
 
 
 class ReviewApp:
@@ -100,12 +110,12 @@ class ReviewApp:
             ],
             lifespan=lifespan,
             exception_handlers={
-                HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code),
+                HTTPException: lambda request, error: Answer({"error": error.detail}, error.status_code),
                 ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody is there to read it
                 # What is wrong with a file or a record, in one line.
-                RecursionError: lambda request, error: JSONResponse({"error": "nested too deeply to be shown"}, 422),
-                ValueError: lambda request, error: JSONResponse({"error": str(error)}, 422),
-                OSError: lambda request, error: JSONResponse({"error": f"not saved: {error.strerror}"}, 507),
+                RecursionError: lambda request, error: Answer({"error": "nested too deeply to be shown"}, 422),
+                ValueError: lambda request, error: Answer({"error": str(error)}, 422),
+                OSError: lambda request, error: Answer({"error": f"not saved: {error.strerror}"}, 507),
             },
         )
 
@@ -115,7 +125,7 @@ class ReviewApp:
         """What the page asks for every second or two."""
         index, log = self.desk.index, self.desk.log
         states = index.rows["state"]
-        return JSONResponse({
+        return Answer({
             "file": index.path.name, "images_dir": str(self.images_dir), "generation": index.generation,
             "rows": index.count, "ready": self.desk.ready, "unfinished": index.unfinished,
             "read": index.end / index.size if index.size else 1, "predicted": index.predicted,
@@ -134,18 +144,18 @@ class ReviewApp:
         if len(self.views) > MOST_VIEWS:
             self.views.popitem(last=False)
         first = [self._summary(int(row)) for row in rows[: int_of(request, "count", 50, MOST_ROWS)]]
-        return JSONResponse({"view": self.last_view, "generation": self.desk.index.generation, "total": len(rows),
+        return Answer({"view": self.last_view, "generation": self.desk.index.generation, "total": len(rows),
                        "first": first})  # fmt: skip
 
     async def rows(self, request: Request) -> Response:
         """A stretch of a list."""
         start, count = int_of(request, "start", 0), int_of(request, "count", 50, MOST_ROWS)
-        return JSONResponse({"rows": [self._summary(int(row)) for row in self._view(request)[start : start + count]]})
+        return Answer({"rows": [self._summary(int(row)) for row in self._view(request)[start : start + count]]})
 
     async def place(self, request: Request) -> Response:
         """Where in a list a row is."""
         places = np.flatnonzero(self._view(request) == self._row(request))
-        return JSONResponse({"place": int(places[0]) if len(places) else None})
+        return Answer({"place": int(places[0]) if len(places) else None})
 
     async def step(self, request: Request) -> Response:
         """The next place in a list, from one on, whose row is wrong or (what=unreviewed) not reviewed."""
@@ -158,15 +168,15 @@ class ReviewApp:
         start, backwards = int_of(request, "from", 0), "backwards" in request.query_params
         places = np.flatnonzero(fits[:start] if backwards else fits[start:])
         if not len(places):
-            return JSONResponse({"place": None})
-        return JSONResponse({"place": int(places[-1] if backwards else places[0] + start)})
+            return Answer({"place": None})
+        return Answer({"place": int(places[-1] if backwards else places[0] + start)})
 
     async def find(self, request: Request) -> Response:
         """The row with an id, or on a line."""
         if (line := request.query_params.get("line", "")).isdecimal():
             found = np.flatnonzero(self.desk.index.rows["line"] == int(line[:12]))
-            return JSONResponse({"row": int(found[0]) if len(found) else None})
-        return JSONResponse({"row": self.desk.find(request.query_params.get("id", ""))})
+            return Answer({"row": int(found[0]) if len(found) else None})
+        return Answer({"row": self.desk.find(request.query_params.get("id", ""))})
 
     async def fields(self, request: Request) -> Response:
         """The fields that rows can be filtered by, with their commonest values."""
@@ -181,19 +191,19 @@ class ReviewApp:
                 "name": name, "title": COMPUTED.get(name, name), "too_many": column.too_many,
                 "values": [[values[code], int(counts[code])] for code in best], "distinct": len(values) - 1,
             })  # fmt: skip
-        return JSONResponse({"fields": found, "mistakes": KINDS})
+        return Answer({"fields": found, "mistakes": KINDS})
 
     async def bad_lines(self, request: Request) -> Response:
         """Lines that are no record, and why."""
         index = self.desk.index
         tail = [(index.lines + 1, index.tail)] if index.tail else []
-        return JSONResponse({"count": index.bad_count + len(tail), "lines": [*index.bad, *tail]})
+        return Answer({"count": index.bad_count + len(tail), "lines": [*index.bad, *tail]})
 
     # One row.
 
     async def row(self, request: Request) -> Response:
         """All of a row."""
-        return JSONResponse(self._describe(self._row(request)))
+        return Answer(self._describe(self._row(request)))
 
     async def images(self, request: Request) -> Response:
         """The pages of a row's images: [{"name", "pages": [[width, height], …]} or {"name", "error"}, …]."""
@@ -206,7 +216,7 @@ class ReviewApp:
                 return {"name": label(name), "error": str(error)}
 
         found = [await anyio.to_thread.run_sync(describe, name, limiter=self.reading) for name in names]
-        return JSONResponse({"images": found})
+        return Answer({"images": found})
 
     async def image(self, request: Request) -> Response:
         """One page of one of a row's images."""
@@ -222,7 +232,7 @@ class ReviewApp:
         """The tokens that a row becomes."""
         row = self.desk.read(self._row(request))
         tokens = self.tokens.tokens
-        return JSONResponse(await anyio.to_thread.run_sync(tokens, row, self.images_dir, limiter=self.reading))
+        return Answer(await anyio.to_thread.run_sync(tokens, row, self.images_dir, limiter=self.reading))
 
     # Decisions.
 
@@ -233,7 +243,7 @@ class ReviewApp:
         types = {"generation": int, "row": int, "version": int, "reviewed": bool, "flagged": bool}
         if any(type(data.get(name)) is not kind for name, kind in types.items()):
             raise HTTPException(400, "a review needs " + ", ".join(types))
-        if not isinstance(expected, str | None) or any("\ud800" <= c <= "\udfff" for c in expected or ""):
+        if not isinstance(expected, str | None) or has_half(expected or ""):
             raise HTTPException(400, "`expected` must be text or null")
         if data["generation"] != self.desk.index.generation:
             raise HTTPException(409, "the file was replaced in the meantime; reload the page")
@@ -244,9 +254,9 @@ class ReviewApp:
             self.desk.save(row, Review(data["version"], expected, data["reviewed"], data["flagged"]))
         except Outdated:
             error = "this row was changed in another tab or window; nothing was overwritten"
-            return JSONResponse({"error": error, "row": self._describe(row)}, 409)
+            return Answer({"error": error, "row": self._describe(row)}, 409)
         revision = self.desk.log.revision
-        return JSONResponse({"row": self._describe(row), "summary": self._summary(row), "revision": revision})
+        return Answer({"row": self._describe(row), "summary": self._summary(row), "revision": revision})
 
     async def export(self, request: Request) -> Response:
         """Write the corrected data set beside the file."""
@@ -254,8 +264,9 @@ class ReviewApp:
         path = self.desk.index.wanted
         target = path.with_name(f"{path.name.removesuffix('.jsonl')}.corrected.jsonl")
         done = await asyncio.to_thread(export, path, target)
-        return JSONResponse(asdict(done) | {"path": str(done.path), "left_out": done.left_out[:100],
-                                      "left_out_count": len(done.left_out)})  # fmt: skip
+        left_out = [visible(text, 300) for text in done.left_out[:100]]
+        more = {"path": str(done.path), "left_out": left_out, "left_out_count": len(done.left_out)}
+        return Answer(asdict(done) | more)
 
     async def scores(self, request: Request) -> Response:
         """What `score` says of the rows of a list, with the corrections."""
@@ -276,14 +287,14 @@ class ReviewApp:
         by = request.query_params.get("by") or None
         job = (desk.index.path, places, corrected, other_path, other_places, by, self.images_dir)
         results = [result async for result in run_jobs(score_rows, [job], elsewhere=len(rows) > SCORED_HERE)]
-        return JSONResponse(results[0] | {"corrected": len(corrected)})
+        return Answer(results[0] | {"corrected": len(corrected)})
 
     # Training runs.
 
     async def runs(self, request: Request) -> Response:
         """What the runs do that are at work, or ended lately."""
         runs = await asyncio.to_thread(recent_runs, self.runs_dir) if self.runs_dir else []
-        return JSONResponse({"runs": runs})
+        return Answer({"runs": runs})
 
     async def plot(self, request: Request) -> Response:
         """The loss curve of one of them."""

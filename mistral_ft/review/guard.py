@@ -84,7 +84,7 @@ class Guard:
         if len(headers.getlist("host")) != 1 or not self._is_ours(headers["host"]):
             return PlainTextResponse("This host name is not served here.", 421)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower():
+        if origin is not None and origin.lower().partition("://")[2] != headers["host"].lower():
             return PlainTextResponse("Requests from other pages are refused.", 403)
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not self._is_opening(
             scope, headers

@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from mistral_ft.data.json_fields import field_name
 from mistral_ft.data.predictions import find_predictions, row_in
 from mistral_ft.data.records import as_predicted
 from mistral_ft.data.references import is_data_url
@@ -33,6 +34,7 @@ from mistral_ft.scoring.totals import MOST_SLICES, NO_VALUE, slice_of
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 64 << 20  # bytes; a longer line is listed as bad, not read
 MOST_FIELDS = 60  # that rows can be filtered by
+LONGEST_NAME = 200  # of a field, in characters; what has a longer one is no name to choose from a list
 MOST_BAD_LINES = 1000  # that are listed; more are counted
 
 # Bits of `state`.
@@ -196,13 +198,13 @@ class Measures(NamedTuple):
 
 
 def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
-    """A row's measures, and values to filter by: its fields, dots for nested ones, and `COMPUTED` ones."""
+    """A row's measures, and values to filter by: its fields, by paths as of `rows.flatten`, and `COMPUTED` ones."""
     answer, answers, confidence = answer_of(row), answers_of(row), confidence_of(row)
     state = FAILED * (row.get("error") is not None) | ANSWERED * (answer is not None)
     values: dict[str, str] = {}
     for name, value in row.items():
         if name not in OWN:
-            _add_values(values, name, value)
+            _add_values(values, field_name(name), value)
     cer, characters = math.nan, len(answer or "")
     if answers:
         graded = grade(row)
@@ -218,8 +220,8 @@ def measure(row: JsonObject) -> tuple[Measures, dict[str, str]]:
 def _add_values(values: dict[str, str], name: str, value: Json, depth: int = 3) -> None:
     if isinstance(value, dict) and depth:
         for key, inner in value.items():
-            _add_values(values, f"{name}.{key}", inner, depth - 1)
-    elif value is not None:
+            _add_values(values, f"{name}.{field_name(key)}", inner, depth - 1)
+    elif value is not None and len(name) <= LONGEST_NAME:
         values[name] = slice_of({name: value}, name, Path())
 
 

@@ -12,11 +12,13 @@ finished, sorted or grows. The last line of a row holds. Lines are never changed
 import fcntl
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from mistral_ft.data.json_fields import has_half
 from mistral_ft.errors import UserError
 from mistral_ft.files import JsonObject, check_target, fsync_path
 from mistral_ft.review.shown import answers_of
@@ -77,8 +79,10 @@ def read_log(path: Path) -> tuple[dict[str, Review], int]:
                 entry = json.loads(raw)
                 review = Review(*(entry[name] for name in Review.__dataclass_fields__))
                 good = isinstance(review.version, int) and isinstance(review.expected, str | None)
+                good &= re.fullmatch(r"([0-9a-f]{2}){1,8}(-[0-9]+)?", entry["row"]) is not None
+                good &= not has_half(review.expected or "")
                 reviews[entry["row"]] = review
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 good = False
             if not good:
                 raise UserError(f"{path}:{number}: is no line of a review; move the file away, or remove the line")

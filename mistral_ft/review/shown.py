@@ -3,6 +3,7 @@
 import json
 import math
 
+from mistral_ft.data.json_fields import field_name, flatten, parse_answer, written_key
 from mistral_ft.data.predictions import PREDICTED
 from mistral_ft.data.records import check_record
 from mistral_ft.data.references import check_reference, expand, is_data_url
@@ -151,8 +152,12 @@ def json_fields_of(row: JsonObject) -> list[list[Json]] | None:
         return None
     found = found or {}
     sure = (confidences_of(row) or {}).get("fields", {})
+    keys: dict[str, str] = {}  # by path: the key at the top, whose confidence it has
+    for answer in map(parse_answer, (*answers_of(row), answer_of(row))):
+        for key, value in answer.items() if isinstance(answer, dict) else ():
+            keys |= dict.fromkeys((path for path, _ in flatten(value, field_name(key))), written_key(key))
     return [
-        [path, wanted.get(path), found.get(path), wanted.get(path) == found.get(path), sure.get(path.split(".")[0])]
+        [path, wanted.get(path), found.get(path), wanted.get(path) == found.get(path), sure.get(keys.get(path))]
         for path in [*wanted, *(path for path in found if path not in wanted)][:1000]
     ]
 

@@ -3,18 +3,17 @@
 White space around a text never counts. What else is made equal, Unicode forms among it, is said at each metric.
 """
 
-import json
 import math
 import re
 import string
 import unicodedata
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from mistral_ft.data.json_fields import fields_of
 from mistral_ft.data.row_keys import right_answers
-from mistral_ft.files import Json, JsonObject
+from mistral_ft.files import JsonObject
 
 FOLDS = ("nfc", "case", "space")
 
@@ -169,38 +168,3 @@ def fields_to_compare(row: JsonObject) -> tuple[dict[str, str] | None, dict[str,
             key=lambda fields: len(fields.items() & ours) / (len(fields) + len(ours)),
         )
     return wanted, found
-
-
-def fields_of(text: str | None) -> dict[str, str] | None:
-    """The fields of a JSON object or list, as {path: value as compact JSON}; None for any other text.
-
-    A path is such as lines.0.price; a key that would be misread in it stands in quotes, as in JSON. Numbers that are
-    equal, such as 4 and 4.0, have the same value.
-    """
-    if not text or text.lstrip()[:1] not in ("{", "["):
-        return None
-    try:
-        return dict(_flatten(json.loads(text, parse_constant=_refuse)))
-    except (ValueError, RecursionError):
-        return None
-
-
-_HALF = re.compile("[\ud800-\udfff]")
-_MISREAD = re.compile(r"""^$|^\d+$|[.\s"]""")  # in a path: what is empty, looks like a place in a list, or divides
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")  # though Python reads NaN and Infinity
-
-
-def _flatten(data: Json, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(data, dict | list) and data:
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            name = key if isinstance(key, str) and key.isprintable() and not _MISREAD.search(key) else json.dumps(key)
-            yield from _flatten(value, f"{path}.{name}" if path else name)
-        return
-    value = data.strip() if isinstance(data, str) else data
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    # Half a surrogate, which JSON can spell, is no text that could be printed.
-    text = json.dumps(value, ensure_ascii=False)
-    yield path, text if text.isascii() or not _HALF.search(text) else json.dumps(value)

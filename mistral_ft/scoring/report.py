@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 
 from mistral_ft import plots
 from mistral_ft.files import JsonObject
-from mistral_ft.html import templates, visible
+from mistral_ft.html import templates, visible, visible_lines
 from mistral_ft.scoring.diff import diff
 from mistral_ft.scoring.mistakes import KINDS, example_of
 from mistral_ft.scoring.text import ROWS, confusions_by_name, folded, review_sentence, worst_fields
@@ -97,7 +97,7 @@ def _visible(text: str, marked: bool) -> str:
     """Text with escapes for what a page does not show; in marked text, spaces and line ends are signs too."""
     if marked:
         text = text.replace(" ", "␣").replace("\t", "⇥").replace("\n", "⏎")
-    return "\n".join(visible(line, len(line)) for line in text.split("\n"))
+    return visible_lines(text, len(text))
 
 
 def _with_diff(shown: JsonObject) -> JsonObject:

@@ -108,7 +108,7 @@ def print_slices(by: str, slices: dict[str, JsonObject], shown: int = 20) -> Non
     """Accuracy by slice, the worst first."""
     worst = [(visible(name), part) for name, part in list(slices.items())[:shown]]
     width = max(len(name) for name, _ in worst)
-    print(f"\nBy {by}, worst first:")
+    print(f"\nBy {visible(by)}, worst first:")
     for name, part in worst:
         interval = f"{part['accuracy_low']:.3f} to {part['accuracy_high']:.3f}"
         print(f"{name:<{width}}  {part['accuracy']:.4f}  ({interval})  {part['hits']}/{part['count']}")
@@ -118,7 +118,7 @@ def print_slices(by: str, slices: dict[str, JsonObject], shown: int = 20) -> Non
 
 def print_confidence(sure: JsonObject) -> None:
     """How far the confidence can be trusted, and what may go unreviewed."""
-    how = f"calibrated on {sure['calibrated_on']}" if sure["calibrated_on"] else "not calibrated"
+    how = f"calibrated on {visible(sure['calibrated_on'], 200)}" if sure["calibrated_on"] else "not calibrated"
     print(f"\nConfidence ({sure['kind']}, {how}) of {sure['count']} answers, the least sure first:")
     print("answers  confidence  right")
     for part in sure["bins"]:
@@ -148,8 +148,8 @@ def review_sentence(sure: JsonObject) -> str:
 
 def print_comparison(comparison: JsonObject) -> None:
     """Better, worse or cannot tell, and by how much."""
-    before, after = comparison["before"], comparison["after"]
-    print(f"\nAgainst {comparison['other']}, on {comparison['count']} rows: {before} right there, {after} here")
+    before, after, other = comparison["before"], comparison["after"], visible(comparison["other"], 200)
+    print(f"\nAgainst {other}, on {comparison['count']} rows: {before} right there, {after} here")
     fixed, broken = comparison["fixed"], comparison["broken"]
     print(f"{len(fixed)} fixed, {len(broken)} broken, McNemar p = {comparison['p_value']:.4g}")
     for what, changed in (("fixed", fixed), ("broken", broken)):
@@ -179,8 +179,9 @@ def name_rows(result: JsonObject) -> None:
 
 
 def print_json(result: JsonObject) -> None:
-    """Everything as one JSON object, for machines."""
-    print(json.dumps(result, ensure_ascii=False))
+    """Everything as one JSON object, for machines; what acts on a terminal, or is no text, as JSON's escapes."""
+    text = json.dumps(result, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def print_perplexity(text: JsonObject) -> None:
@@ -191,7 +192,8 @@ def print_perplexity(text: JsonObject) -> None:
     )
     if found := text.get("comparison"):
         print(
-            f"Against {found['other']}, on {found['count']:,} texts: {found['before']:.4f} there, {found['after']:.4f} "
-            f"here, {found['ratio']:.4f} times (95 % interval {found['low']:.4f} to {found['high']:.4f})"
+            f"Against {visible(found['other'], 200)}, on {found['count']:,} texts: {found['before']:.4f} there, "
+            f"{found['after']:.4f} here, {found['ratio']:.4f} times "
+            f"(95 % interval {found['low']:.4f} to {found['high']:.4f})"
         )
         print(f"Verdict: {found['verdict']} at 95 %")

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from mistral_ft.data.json_fields import look_up
 from mistral_ft.data.records import check_record, image_blocks
 from mistral_ft.data.row_keys import expected_of, hash_bytes, hash_json, identity_of, key_of, right_answers
-from mistral_ft.data.rows import look_up, parse_line
+from mistral_ft.data.rows import parse_line
 from mistral_ft.errors import RecordError, UserError
 from mistral_ft.files import JsonObject
 from mistral_ft.progress import Progress
@@ -91,7 +92,8 @@ class Options:
 
     Attributes:
         folds: what normalised exact match makes equal (see `metrics.fold`).
-        by: the field to slice by: a record's, dots for nested ones, or "answer_length" or "page_size"; None for none.
+        by: the field to slice by: a record's, a path as `rows.flatten` has it, or "answer_length" or "page_size"; None
+            for none.
         images_dir: folder of the images, for page_size.
         keep_wrong: whether to return the wrong rows.
         keep_pairing: whether to return what pairs the rows of two files, and their grades.

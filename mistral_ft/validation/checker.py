@@ -6,7 +6,6 @@ files may have millions of rows.
 
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -22,6 +21,7 @@ from typing import NamedTuple
 from mistral_ft.data.conversation import thinking_text
 from mistral_ft.data.formats import as_record
 from mistral_ft.data.image_fitter import TEXT_ONLY
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.data.pages import fingerprint, open_image, page_size
 from mistral_ft.data.processor import Processor
 from mistral_ft.data.prompt.encoder import (
@@ -78,10 +78,21 @@ LEAK = Kind("rows of --eval that training has seen", fatal=False)
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with one row."""
+    """One thing that is wrong with one row; `name` is what in the text is the row's own, if it stands in no quotes."""
 
     kind: Kind
     text: str
+    name: str = ""
+
+
+class Place(NamedTuple):
+    """A line of a file, counted from 1; 0 for all of it."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 class Source(NamedTuple):
@@ -129,8 +140,8 @@ class CheckedRow(NamedTuple):
     found: Checked
 
     @property
-    def place(self) -> str:
-        return f"{self.source.path}:{self.line}"
+    def place(self) -> Place:
+        return Place(str(self.source.path), self.line)
 
 
 class RowChecker:
@@ -211,24 +222,26 @@ class RowChecker:
         problems = []
         path = Path(split_page(name)[0])
         if not is_data_url(name) and (path.is_absolute() or ".." in path.parts):
-            problems.append(Problem(OUTSIDE, f"image {name} is not below {folder}: copy it there, to keep data in one"))
+            text = f"image {name} is not below {folder}: copy it there, to keep data in one"
+            problems.append(Problem(OUTSIDE, text, name))
         # Images within the rows come once, and would fill the memory.
-        page = (self._open_page if is_data_url(name) else self._open)(resolve(name, folder))
+        reference, name = resolve(name, folder), name[:200]
+        page = (self._open_page if is_data_url(name) else self._open)(reference)
         if isinstance(page, str):
-            return [*problems, Problem(IMAGE, page)], None
-        size = f"image {name[:200]} of {page.width} × {page.height} px"
+            return [*problems, Problem(IMAGE, page, reference[:300])], None
+        size = f"image {name} of {page.width} × {page.height} px"
         if min(page.width, page.height) < SMALLEST_SIDE:
-            problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution"))
+            problems.append(Problem(SMALL, f"{size} is too small to read; scan it at a higher resolution", name))
         if page.density:
-            problems.append(Problem(DENSITY, f"image {name[:200]} of {page.density}"))
+            problems.append(Problem(DENSITY, f"image {name} of {page.density}", name))
         if self.fitter:
             try:
                 self.fitter.grid(page.width, page.height)
             except ValueError as error:
-                return [*problems, Problem(IMAGE, f"{size}: {error}")], None
+                return [*problems, Problem(IMAGE, f"{size}: {error}", name)], None
             factor = max(page.width, page.height) / self.fitter.longest_edge
             if factor > MOST_SHRUNK:
-                problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts"))
+                problems.append(Problem(SHRUNK, f"{size} is shrunk {factor:.1f} times; cut it into parts", name))
         return problems, page
 
     def _open_page(self, reference: str) -> Page | str:
@@ -264,13 +277,18 @@ class RowChecker:
         return problems, Tokens(len(ids) - image_tokens - len(answer), image_tokens, len(answer))
 
 
-def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
+def texts_of(messages: Sequence[JsonObject]) -> list[str]:
+    """Every text in checked messages, thinking too."""
     texts = []
     for message in messages:
         content = message.get("content") or ""
         for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             texts.append(thinking_text(block) if block["type"] == "thinking" else block.get("text") or "")
-    found = sorted({name for text in texts for name in LOOK_ALIKE.findall(text)})
+    return texts
+
+
+def _check_texts(messages: Sequence[JsonObject]) -> list[Problem]:
+    found = sorted({name for text in texts_of(messages) for name in LOOK_ALIKE.findall(text)})
     if not found:
         return []
     remedy = 'write blocks of type "thinking"' if "[THINK]" in found else "remove it if it is no text"
@@ -286,8 +304,8 @@ def _check_answer(answer: str, number: int) -> tuple[bool, list[Problem]]:
     if not answer.lstrip().startswith("{"):
         return False, []
     try:
-        return isinstance(json.loads(answer), dict), []
-    except (ValueError, RecursionError) as error:
+        return isinstance(read_json(answer), dict), []
+    except ValueError as error:
         return False, [Problem(BROKEN_JSON, f"{name} starts like a JSON object and is none: {error}")]
 
 
@@ -359,7 +377,7 @@ def mark_trained(processor: Processor, row: CheckedRow) -> str:
     return mark_learned(processor.encoder, ids, labels)
 
 
-def describe(place: str, problem: Problem) -> str:
+def describe(place: Place, problem: Problem) -> str:
     """A problem on one line of at most 500 characters, without those that act on a terminal."""
     text = f"{place}: {'' if problem.kind.fatal else 'warning: '}{problem.text}"
     return "".join(c if c.isprintable() else " " for c in (text if len(text) <= 500 else f"{text[:499]}…"))

@@ -51,7 +51,7 @@ def epoch_seconds(lengths: Sequence[int]) -> tuple[float, int]:
     return tokens * each * max(1, (1 + STEP_OVERHEAD / length) / (1 + STEP_OVERHEAD / most)), length
 
 
-def describe_training(lengths: Sequence[int], named: Sequence[tuple[str, int]]) -> Iterator[str]:
+def describe_training(lengths: Sequence[int], named: Sequence[tuple[object, int]]) -> Iterator[str]:
     """Lines for people: what fits, and how long an epoch takes.
 
     Args:

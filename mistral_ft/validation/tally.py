@@ -8,9 +8,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mistral_ft.data.image_fitter import ImageFitter
-from mistral_ft.validation.checker import DUPLICATE, EMPTY_FILE, LEAK, MIXED, SAME_ID, CheckedRow, Kind, Problem, Source
-
-MOST_EXAMPLES = 10  # of each kind of problem, for the report
+from mistral_ft.validation.checker import (
+    DUPLICATE,
+    EMPTY_FILE,
+    LEAK,
+    MIXED,
+    SAME_ID,
+    CheckedRow,
+    Kind,
+    Place,
+    Problem,
+    Source,
+)
 
 
 class Tally:
@@ -52,7 +61,7 @@ class Tally:
         self.counts.update(problem.kind for problem in found.problems)
         return found.problems
 
-    def compare_rows(self) -> Iterator[tuple[str, Problem]]:
+    def compare_rows(self) -> Iterator[tuple[Place, Problem]]:
         """Yield (place, problem) for everything that is wrong between rows or with a whole file."""
         for place, problem in itertools.chain(
             self._empty_files(), self._repeated(), self._leaks(), self._mixed_formats()
@@ -60,16 +69,16 @@ class Tally:
             self.counts[problem.kind] += 1
             yield place, problem
 
-    def place(self, row: int) -> str:
-        """`file:line` of a row, counted from 0."""
-        return f"{self.sources[self._file[row]].path}:{self._line[row]}"
+    def place(self, row: int) -> Place:
+        """Where a row stands, which is counted from 0."""
+        return Place(str(self.sources[self._file[row]].path), self._line[row])
 
     def lengths(self) -> array:
         """Tokens of the rows to train."""
         sums = self.tokens.sum(1, dtype=np.uint32)
         return array("I", sums[(sums > 0) & ~self._is_eval()].tobytes())
 
-    def longest(self, count: int = 5) -> list[tuple[str, int]]:
+    def longest(self, count: int = 5) -> list[tuple[Place, int]]:
         """(Place, tokens) of the longest rows."""
         sums = self.tokens.sum(1)
         rows = np.argsort(-sums.astype(np.int64), kind="stable")[:count]
@@ -80,16 +89,29 @@ class Tally:
         """Of each row, (prompt without images, images, answer); zeros where they were not counted."""
         return np.frombuffer(self._tokens, np.uint32).reshape(-1, 3)
 
+    @property
+    def page_sizes(self) -> np.ndarray:
+        """Of each page that could be opened, (width, height) in pixels."""
+        return np.frombuffer(self._page_size, np.uint32).reshape(-1, 2)
+
+    @property
+    def pages_per_row(self) -> np.ndarray:
+        """How many pages each row has that could be opened."""
+        return np.bincount(np.frombuffer(self._page_row, np.uint32), minlength=self.rows)
+
     def _is_eval(self) -> np.ndarray:
         return np.array([source.is_eval for source in self.sources])[np.frombuffer(self._file, np.uint16)]
 
-    def _empty_files(self) -> Iterator[tuple[str, Problem]]:
+    def _empty_files(self) -> Iterator[tuple[Place, Problem]]:
         found = set(self._file)
         for number, source in enumerate(self.sources):
             if number not in found:
-                yield str(source.path), Problem(EMPTY_FILE, "holds no record; expected one JSON object per line")
+                yield (
+                    Place(str(source.path), 0),
+                    Problem(EMPTY_FILE, "holds no record; expected one JSON object per line"),
+                )
 
-    def _repeated(self) -> Iterator[tuple[str, Problem]]:
+    def _repeated(self) -> Iterator[tuple[Place, Problem]]:
         if not self.rows:
             return
         # What is in training and --eval both is a leak, not a duplicate.
@@ -100,7 +122,7 @@ class Tally:
         for later, first in _pairs(np.frombuffer(self._id_key, np.uint64)):
             yield self.place(later), Problem(SAME_ID, f"the id of line {self._line[first]} again; ids must differ")
 
-    def _leaks(self) -> Iterator[tuple[str, Problem]]:
+    def _leaks(self) -> Iterator[tuple[Place, Problem]]:
         if not self.rows:
             return
         is_eval, rows = self._is_eval(), np.arange(self.rows, dtype=np.uint32)
@@ -111,7 +133,7 @@ class Tally:
             what, first = ("its record", leaks[row]) if row in leaks else ("a page of it", pages[row])
             yield self.place(row), Problem(LEAK, f"{what} is in training too, at {self.place(first)}; remove one")
 
-    def _mixed_formats(self) -> Iterator[tuple[str, Problem]]:
+    def _mixed_formats(self) -> Iterator[tuple[Place, Problem]]:
         if len(self._formats) == 2:
             (objects, first_object), (others, first_other) = self._formats[True], self._formats[False]
             place = self.place(first_object if objects < others else first_other)
@@ -140,7 +162,7 @@ class Tally:
                 yield f"{name:8}" + "".join(f"{figure:9,}" for figure in figures)
             yield "The longest rows: " + ", ".join(f"{place} ({count:,})" for place, count in self.longest())
         if fitter and self.images:
-            sizes = np.frombuffer(self._page_size, np.uint32).reshape(-1, 2)
+            sizes = self.page_sizes
             order = np.argsort(sizes.prod(1, dtype=np.uint64), kind="stable")
             named = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
             for name, (width, height) in ((name, map(int, sizes[page])) for name, page in named.items()):
@@ -156,17 +178,6 @@ class Tally:
         )
         for kind, count in sorted(self.counts.items(), key=lambda item: (not item[0].fatal, -item[1])):
             yield f"  {'fatal' if kind.fatal else 'warning':7} {count:9,}  {kind.name}"
-
-
-class Examples:
-    """The first problems of each kind, with their places."""
-
-    def __init__(self) -> None:
-        self.found: dict[Kind, list[tuple[str, Problem]]] = collections.defaultdict(list)
-
-    def add(self, place: str, problem: Problem) -> None:
-        if len(self.found[problem.kind]) < MOST_EXAMPLES:
-            self.found[problem.kind].append((place, problem))
 
 
 def _pairs(keys: np.ndarray) -> Iterator[tuple[int, int]]:

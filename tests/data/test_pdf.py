@@ -12,8 +12,8 @@ from PIL import Image
 
 from bench import hostile_pdfs
 from bench.hostile_pdfs import file_of, form_of, pdf_of, stream_of
-from mistral_ft.data import pdf
 from mistral_ft.data.pages import open_image, page_size
+from mistral_ft.data.picture import pdf
 from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 FONT = "/Font<</Helv 5 0 R>>"
@@ -209,7 +209,7 @@ class TestAtOnce:
         open_image(path)
         mine = pdf._readers.idle[0].process.pid
         script = (
-            "import os, sys; from mistral_ft.data import pdf; from mistral_ft.data.pages import open_image\n"
+            "import os, sys; from mistral_ft.data.picture import pdf; from mistral_ft.data.pages import open_image\n"
             "open_image(sys.argv[1]); mine = pdf._readers.idle[0].process.pid\n"
             "if child := os.fork():\n    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
             "    open_image(sys.argv[1]); sys.exit(code or pdf._readers.idle[0].process.pid != mine)\n"
@@ -223,7 +223,7 @@ class TestAtOnce:
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_none_outlives_who_started_it(self, save):
         script = (
-            "import sys, time; from mistral_ft.data import pdf; from mistral_ft.data.pages import open_image\n"
+            "import sys, time; from mistral_ft.data.picture import pdf; from mistral_ft.data.pages import open_image\n"
             "open_image(sys.argv[1]); print(pdf._readers.idle[0].process.pid, flush=True); time.sleep(100)\n"
         )
         command = [sys.executable, "-c", script, save(hostile_pdfs.good(0))]

@@ -43,3 +43,9 @@ def test_fields_are_written_beside_the_answers_confidence():
     written = Answer("x", (-0.5, -1.5), fields).write_into({"id": 1})
     assert written["confidence"] == {"sum": -2.0, "mean": -1.0, "min": -1.5, "tokens": 2, "fields": fields}
     assert "fields" not in Answer("x", (-0.5,)).write_into({})["confidence"]
+
+
+def test_a_key_with_half_a_surrogate_pair_can_be_written():
+    found = field_confidences(r'{"\ud800": 1, "a.b": 2, "": 3}', [100], [-1.0])
+    assert list(found) == [r'"\ud800"', "a.b", ""]
+    json.dumps(found, ensure_ascii=False).encode("utf-8")

@@ -11,6 +11,7 @@ from PIL import Image
 from mistral_ft.data.predictions import Predictions
 from mistral_ft.review.log import log_path
 from tests.conftest import make_page, read_rows, row, write_jsonl
+from tests.helpers import hostile
 from tests.helpers.review import OTHER, THOUGHT, Server, wait_for, write_status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -418,6 +419,30 @@ def test_no_field_of_a_record_can_run_a_script(start, open_page, folder):
     assert page.locator("img").count() == 1
     assert page.locator("svg").count() == 0
     assert page.evaluate("document.querySelectorAll('[onerror], [onload], [onclick]').length") == 0
+
+
+def test_texts_of_any_kind_are_shown_and_saved_as_they_are(start, open_page, folder):
+    lines = "one\r\ntwo \x1b[31m\0\u202e\u2028\r\n"
+    write_jsonl(folder / "p.jsonl", [*hostile.rows(), row("r", lines, text="R?"), row("c", "a\rb", text="C?")])
+    page = open_page(start())
+    total(page, "112 rows")
+    for number in range(1, 112):
+        press(page, "j")
+        until(page, "line => document.querySelector('#record-line').textContent === line", f"line {number + 1}")
+    shown(page, "c")
+    press(page, "e")
+    page.fill("#edited", "a\nb\nc")
+    press(page, "Control+Enter")
+    said(page, "Saved.")
+    press(page, "k")
+    shown(page, "r")
+    press(page, "e")
+    press(page, "Control+Enter")
+    said(page, "Saved.")
+    assert page.evaluate("document.querySelectorAll('#record-body script, #record-body img').length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    log = [json.loads(line) for line in log_path(folder / "p.jsonl").read_bytes().splitlines()]
+    assert [(entry["id"], entry["expected"]) for entry in log] == [("c", "a\rb\rc"), ("r", None)]
 
 
 def test_the_policy_holds_in_the_browser(start, browser):

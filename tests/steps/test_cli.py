@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from mistral_ft.cli import run_step
+from mistral_ft.errors import UserError
 from tests.conftest import ROOT, TINY, read_rows, row, write_jsonl
 
 STEPS = ["train", "predict", "score", "merge_lora_weights", "server", "validate_data", "reformat_data", "train_status"]
@@ -118,6 +120,27 @@ def test_a_page_that_breaks_while_a_worker_reads_it(run_cli, pages, tmp_path, mo
         "--dataloader_num_workers", 1, "--per_device_train_batch_size", 8, "--max_steps", 3,
     )  # fmt: skip
     assert line == f"{pages / 'train.jsonl'}:4: image {pages / '3.png'} does not exist"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "a.jsonl:1: image b\u2028c\x1b[2J\x9b\u202e.png is gone",
+            r"a.jsonl:1: image b c\x1b[2J\x9b\u202e.png is gone",
+        ),
+        ("a\nb \x0c\x85 c\r\n", "a b c"),
+        ("half \udcff", r"half \udcff"),
+        ("Caught in worker.\nTraceback:\nmistral_ft.errors.RecordError: a:1: b\u2028c", "a:1: b c"),
+    ],
+)
+def test_an_error_is_one_line_that_acts_on_no_terminal(capsys, text, line):
+    def fail():
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        run_step(fail)
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_termination_is_cleaned_up_after_like_an_interrupt(run_cli, pages, tmp_path, monkeypatch):

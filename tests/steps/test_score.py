@@ -16,6 +16,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
+from mistral_ft.data.json_fields import fields_of
 from mistral_ft.errors import UserError
 from mistral_ft.scoring import statistics
 from mistral_ft.scoring import totals as scoring
@@ -31,7 +32,6 @@ from mistral_ft.scoring.confidence import (
 from mistral_ft.scoring.metrics import (
     Grade,
     anls,
-    fields_of,
     fields_to_compare,
     fold,
     grade,
@@ -254,28 +254,6 @@ def test_fields_of_json_answers():
     assert result["precision"] == 3 / 5  # five fields were answered, three of them right
     assert result["recall"] == 3 / 8
     assert result["f1"] == pytest.approx(2 * 3 / 13)
-
-
-@pytest.mark.parametrize(
-    "text", ["plain", "", None, "{", "[sic]", '{"a": NaN}', '{"a":' * 10**5, "[" + "9" * 5000 + "]"]
-)
-def test_what_is_no_json(text):
-    assert fields_of(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "fields"),
-    [
-        ('{"a.b": 1, "a": {"b": 2}}', {'"a.b"': "1", "a.b": "2"}),
-        ('{"0": "x"}', {'"0"': '"x"'}),
-        ('["x"]', {"0": '"x"'}),
-        ('{"": "x"}', {'""': '"x"'}),
-        (r'{"na\ud83dme": "x\ud83d"}', {r'"na\ud83dme"': r'"x\ud83d"'}),
-        (r'{"a\u202eb": "ü"}', {r'"a\u202eb"': '"ü"'}),
-    ],
-)
-def test_no_two_fields_have_one_name_and_every_name_can_be_printed(text, fields):
-    assert fields_of(text) == fields
 
 
 def test_fields_are_bounded(monkeypatch):

@@ -98,6 +98,37 @@ def test_a_status_that_someone_broke_is_one_line(change, tmp_path, run_cli):
     assert (code, err) == (2, f"error: {tmp_path / 'status.json'}: broken: what should be a number is none\n")
 
 
+@pytest.mark.parametrize("text", ["[" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000, "9" * 5000, "\0", '"\\ud800"'])
+def test_a_status_that_is_no_object_is_one_line(text, tmp_path, run_cli):
+    (tmp_path / "status.json").write_text(text)
+    code, out, err = run_cli("train_status", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'status.json'}: broken: ")
+    assert err.count("\n") == 1
+
+
+def test_nothing_of_a_status_acts_on_the_terminal(tmp_path, run_cli):
+    status = Status(tmp_path)
+    status.update("training", step="\x1b[2J", steps="\u202e\r")
+    with pytest.raises(FileNotFoundError), status.ended():
+        raise FileNotFoundError(2, "no such file", os.fsdecode(b"a\xff\x1b[2J.jsonl"))
+    code, out, _ = run_cli("train_status", tmp_path)
+    assert code == 1
+    assert out.startswith(r"failed, step \x1b[2J/\u202e\r, [Errno 2] no such file: 'a\udcff\x1b[2J.jsonl', updated 20")
+    (tmp_path / "status.json").read_bytes().decode("utf-8")
+    assert json.loads(run_cli("train_status", tmp_path, "--json")[1])["steps"] == "\u202e\r"
+
+
+def test_a_loss_that_is_no_number_is_left_out(tmp_path, run_cli):
+    status = Status(tmp_path)
+    status.update("training", step=1, steps=2, loss=1.5, eval_loss=2.0)
+    status.update("evaluating", loss=float("nan"), eval_loss=float("inf"))
+    assert run_cli("train_status", tmp_path)[1].startswith("evaluating, step 1/2, updated 20")
+    assert "NaN" not in (tmp_path / "status.json").read_text()
+    (tmp_path / "status.json").write_text((tmp_path / "status.json").read_text().replace("1,", "1e999,", 1))
+    assert run_cli("train_status", tmp_path, "--json")[0] == 2
+
+
 def test_a_plot_shows_what_there_is():
     losses = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
     plain = loss_plot(losses, None)

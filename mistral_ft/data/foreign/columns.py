@@ -4,8 +4,8 @@ import re
 from collections import Counter
 
 from mistral_ft.data.conversation import to_json
+from mistral_ft.data.json_fields import kind_of, look_up
 from mistral_ft.data.row_keys import right_answers
-from mistral_ft.data.rows import kind_of, look_up
 from mistral_ft.files import Json, JsonObject
 
 FIELD = re.compile(r"\{([\w.]+)\}")

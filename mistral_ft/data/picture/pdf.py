@@ -145,7 +145,7 @@ class _Reader:
 
     def __init__(self) -> None:
         # As multiprocessing's "spawn" would, but without the main module, which may import torch.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from mistral_ft.data.pdf import serve; serve()"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from mistral_ft.data.picture.pdf import serve; serve()"
         self.process = subprocess.Popen(
             [sys.executable, "-IS", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, pipesize=1 << 20, start_new_session=True,
