@@ -2,7 +2,7 @@
 
 python -m bench.validate_speed /tmp/validate --rows 100000 1000000 --pages 2000 [--model_id models/tiny]
 
-Pages are drawn once, 1240 × 1754 px (A4 at 150 dpi), as PNG; each has bytes of its own.
+Pages are drawn once, 1240 × 1754 px (A4 at 150 dpi), as PNG; each has bytes of its own. PDFs are one page of print each.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from bench.hostile_pdfs import good
 from bench.score_million import WORDS
 from mistral_ft.files import atomic_write
 
@@ -47,6 +48,11 @@ def main() -> None:
         path = args.folder / f"pages-{args.pages}.jsonl"
         write(path, (record(number, "Title?", rng, f"{number}.png") for number in range(args.pages)))
         measure(f"{args.pages:,} pages", path, args.pages, flags)
+        path = args.folder / f"pdfs-{args.pages}.jsonl"
+        for number in range(args.pages):
+            (args.folder / f"{number}.pdf").write_bytes(good(number))
+        write(path, (record(number, "Title?", rng, f"{number}.pdf") for number in range(args.pages)))
+        measure(f"{args.pages:,} PDFs", path, args.pages, flags)
 
 
 def record(number: int, question: str, rng: random.Random, image: str | None = None) -> dict:
