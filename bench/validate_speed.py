@@ -2,7 +2,7 @@
 
 python -m bench.validate_speed /tmp/validate --rows 100000 1000000 --pages 2000 [--model_id models/tiny]
 
-Pages are drawn once, 1240 × 1754 px (A4 at 150 dpi), as PNG; each has bytes of its own. PDFs are one page of print each.
+Pages are drawn once, 1240 × 1754 px (A4 at 150 dpi), as PNG; each has bytes of its own. A PDF is a page of print.
 """
 
 import argparse
