@@ -369,12 +369,12 @@ def main() -> None:
     rows = write_rows(args.folder, args.count)
     seconds = ["--pdf_seconds", args.pdf_seconds]
     model = small_pages(args.folder / "model")
-    run("validate", "validate_data", rows, "--model_id", model, *seconds)
+    run("validate", "validate_data", rows, "--model_id", model, "--all", *seconds)
     run(
         "predict",
         "predict",
         rows,
-        TINY,
+        model,
         "-o",
         args.folder / "out.jsonl",
         "--max_new_tokens",
