@@ -370,18 +370,8 @@ def main() -> None:
     seconds = ["--pdf_seconds", args.pdf_seconds]
     model = small_pages(args.folder / "model")
     run("validate", "validate_data", rows, "--model_id", model, "--all", *seconds)
-    run(
-        "predict",
-        "predict",
-        rows,
-        model,
-        "-o",
-        args.folder / "out.jsonl",
-        "--max_new_tokens",
-        4,
-        "--overwrite",
-        *seconds,
-    )
+    answers = ["-o", args.folder / "out.jsonl", "--overwrite", "--max_new_tokens", 4]
+    run("predict", "predict", rows, model, *answers, *seconds)
     for at_once in args.at_once:
         serve(rows, args.count, args.pdf_seconds, at_once)
 
