@@ -33,13 +33,14 @@ MOST_PIXELS = 25_000_000  # that such a page may have
 SECONDS = "MISTRAL_FT_PDF_SECONDS"  # the environment reaches every worker process, however it is started
 DEFAULT_SECONDS = 20.0  # of one processor's work that a page may take; a page of print takes 0.05
 MEMORY = 1 << 30  # bytes that drawing may take, where the system sees to it: on Linux
-MOST_KEPT = 1 << 29  # bytes that a process may have kept of PDFs before
+MOST_KEPT = 1 << 28  # bytes of addresses with which a process waits for the next PDF
 
 # Pages that take long must not be in the way of others on the review page: what has worked for longer than `QUICK` may
 # go on if fewer than `MOST_SLOW` do; if not, it begins again when it may.
 PROCESSES = 8  # at a time
 MOST_IDLE = 3
-QUICK = 0.25  # seconds
+QUICK = 0.1  # seconds of work
+STARTING = 0.2  # seconds that a process works before it can draw
 MOST_SLOW = 2
 
 TOO_SLOW = 75  # exit code where no signal says so
@@ -101,7 +102,6 @@ class PdfFile:
     def _get_over(self, lost: "_ReaderLostError", reader: "_Reader") -> None:
         """Prepare another try, or raise ValueError."""
         self._reader = None
-        _readers.idle.clear()
         if lost.reason == "in the way":
             _readers.free.release()
             _readers.slow.acquire()
@@ -189,9 +189,10 @@ class _Reader:
     def _wait(self, answers: IO[bytes], may_be_slow: Callable[[], bool]) -> None:
         """Wait for an answer until it may be slow to come; raises _ReaderLostError if it may not."""
         before, worked = self._worked(), 0.0
-        while not multiprocessing.connection.wait([answers.fileno()], QUICK - worked + 0.02):
+        most = QUICK if self.answered or self.opened > 1 else QUICK + STARTING
+        while not multiprocessing.connection.wait([answers.fileno()], most - worked + 0.02):
             worked = self._worked() - before
-            if worked < QUICK:
+            if worked < most:
                 continue
             if may_be_slow():
                 return
@@ -224,10 +225,12 @@ class _Readers:
         self.slow = threading.Semaphore(MOST_SLOW)
 
     def take(self) -> _Reader:
-        try:
-            return self.idle.pop()
-        except IndexError:
-            return _Reader()
+        with contextlib.suppress(IndexError):
+            while True:
+                reader = self.idle.pop()
+                if reader.process.poll() is None:
+                    return reader
+        return _Reader()
 
 
 _readers = _Readers()
@@ -253,6 +256,8 @@ def serve() -> None:
             if not isinstance(pdf, str):
                 pdf.close()
             _limit_seconds(0)
+            if _memory() > MOST_KEPT:
+                return
             continue
         try:
             if isinstance(pdf, str):
@@ -277,16 +282,12 @@ def _limit_seconds(seconds: float) -> None:
         timer.start()
 
 
-def _limit_memory(more: int) -> None:
-    """Let this process take so many bytes beside what it has; end it if PDFs before have left too many."""
-    if sys.platform == "linux":
-        import resource
-
-        with open("/proc/self/statm") as file:
-            taken = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-        if taken > MOST_KEPT:
-            sys.exit()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
+def _memory() -> int:
+    """Bytes of addresses that this process has; 0 where it cannot be known."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
 
 
 def _open(request: JsonObject, data: bytes) -> "pypdfium2.PdfDocument | str":
@@ -294,7 +295,11 @@ def _open(request: JsonObject, data: bytes) -> "pypdfium2.PdfDocument | str":
     import pypdfium2
 
     _limit_seconds(request["seconds"])
-    _limit_memory(request["memory"])
+    if sys.platform == "linux":
+        import resource
+
+        most = _memory() + request["memory"]  # beside what it has: which PDFs came before must not matter
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     raw = pypdfium2.raw
     raw.FPDF_LoadMemDocument(b"", 0, None)  # an error's code stays until the next, and not every error sets one
     try:
