@@ -250,6 +250,19 @@ def test_review_speed(bench, tmp_path):
 def test_validate_speed(bench, tmp_path):
     out = bench("validate_speed", tmp_path / "v", "--rows", 50, "--pages", 2, "--model_id", TINY)
     assert re.search(r"^50 text records: [\d.]+ s, [\d,]+ a minute, \d+ MiB\n2 pages: ", out, re.MULTILINE)
+    assert re.search(r"^2 PDFs: [\d.]+ s, ", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_hostile_pdfs(bench, tmp_path):
+    out = bench("hostile_pdfs", tmp_path / "h", "--count", 3, "--pdf_seconds", 0.3, "--at_once", 1)
+    for step in ("validate", "predict"):
+        assert re.search(
+            rf"^{step}: \d+ s, exit code 1, peak [\d,]+ MiB, 3 lines:\n +\d drawing it takes more", out, re.MULTILINE
+        )
+    assert re.search(
+        r"^server: 3 hostile pages, 1 at a time, peak [\d,]+ MiB; a good page takes [\d.]+ s alone", out, re.MULTILINE
+    )
 
 
 def test_a_step_of_its_own(tmp_path, capsys):
