@@ -4,12 +4,13 @@ They go, in order, to the places that the user's messages keep for them: `<image
 an image. Where there are none, they are shown before the first question, as TRL and LLaVA do it.
 """
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 
-from mistral_ft.data.conversation import Message, parsed
+from mistral_ft.data.conversation import Message
+from mistral_ft.data.json_fields import read_json
 from mistral_ft.files import Json, JsonObject
 
 IMAGE_COLUMNS = ("image", "images")
@@ -54,7 +55,8 @@ def images_of(row: JsonObject, names: Sequence[str] = IMAGE_COLUMNS) -> list[str
 
 def _listed(value: Json) -> list[Json]:
     if isinstance(value, str) and value.startswith("["):  # a list, as CSV has it
-        value = parsed(value)
+        with contextlib.suppress(ValueError):
+            value = read_json(value)
     return value if isinstance(value, list) else [value]
 
 
@@ -102,8 +104,8 @@ def _tidy_message(message: Message) -> Message:
 def _calls(content: Json) -> list[JsonObject]:
     """Tool calls that stand in a message as text."""
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
-    except (ValueError, RecursionError):
+        calls = read_json(content) if isinstance(content, str) else content
+    except ValueError:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):

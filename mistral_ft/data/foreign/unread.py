@@ -14,6 +14,7 @@ UNREAD = {
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 # Beside a question, the name of a field says that it is a page; beside a text only what it holds.
 PAGE_NAME = re.compile(r"ima?ge?s?(_?(id|name|path|file|url)s?)?|page_ids", re.IGNORECASE)
+QUESTION = '--question "Read the page." '
 SECOND_PAGE = re.compile(r"ima?ge?_?\d+", re.IGNORECASE)
 PAGE_FILE = re.compile(r"\S.*(\.(png|jpe?g|tiff?|webp|bmp|gif)|\.pdf#page=[\d-]+)", re.IGNORECASE)
 
@@ -44,10 +45,8 @@ def refuse_pages(row: JsonObject, columns: dict[str, str]) -> None:
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     if "prompt" in columns and isinstance(row.get("context"), str) and row["context"]:
         prompt = f"'{{context}} {{{columns['prompt']}}}'"
-        maps = " ".join(f"--map {part}={name}" for part, name in (columns | {"prompt": prompt}).items())
-        raise ValueError(
-            f"`context` would not be shown; put it into the question: python -m reformat_data IN OUT {maps}"
-        )
+        command = _command(columns | {"prompt": prompt})
+        raise ValueError(f"`context` would not be shown; put it into the question: {command}")
     asked = "prompt" in columns
     if asked and (first := next((name for name in IMAGE_COLUMNS if row.get(name)), None)):
         for other, value in rest.items():
@@ -55,25 +54,30 @@ def refuse_pages(row: JsonObject, columns: dict[str, str]) -> None:
             # Bytes in a table alone say little: they may be an embedding.
             if other in IMAGE_COLUMNS or not (numbered or (_holds_page(value) and not table_of(str(value)))):
                 continue
-            maps = " ".join(f"--map {part}={name}" for part, name in columns.items())
             raise ValueError(
                 f"`{other}` looks like a page beside `{first}`: put all of them into a list, `images`; if it is none: "
-                f"python -m reformat_data IN OUT {maps}"
+                f"{_command(columns)}"
             )
         return
     column = next((n for n, v in rest.items() if (v and n in IMAGE_COLUMNS) or _is_page(n if asked else "", v)), None)
     if column is None:
         return
-    maps = " ".join(f"--map {part}={name}" for part, name in (columns | {"image": column}).items())
+    columns = columns | {"image": column}
     if asked:
         raise ValueError(
-            f"`{column}` looks like a page, and nobody would see it: python -m reformat_data IN OUT {maps} (leave out "
-            "the last --map if it is none)"
+            f"`{column}` looks like a page, and nobody would see it: {_command(columns)} (leave out the last --map if "
+            "it is none)"
         )
     raise ValueError(
         f"has `{column}`, but no question about it; if `{columns['answer']}` is what the page says, this makes records "
-        f'of it: python -m reformat_data IN OUT --question "Read the page." {maps}'
+        f"of it: {_command(columns, QUESTION)}"
     )
+
+
+def _command(columns: dict[str, str], flags: str = "") -> str:
+    """The command that makes records of rows with these columns."""
+    maps = " ".join(f"--map {part}={name}" for part, name in columns.items())
+    return f"python -m reformat_data IN OUT {flags}{maps}"
 
 
 def _is_page(name: str, value: Json) -> bool:

@@ -276,7 +276,11 @@ def _limit_seconds(seconds: float) -> None:
     """End this process after so many seconds of work; 0 for no end."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
-    elif seconds:
+        return
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.cancel()  # that of the PDF before
+    if seconds:
         timer = threading.Timer(seconds, os._exit, (TOO_SLOW,))
         timer.daemon = True
         timer.start()
