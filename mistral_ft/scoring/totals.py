@@ -92,7 +92,7 @@ class Options:
 
     Attributes:
         folds: what normalised exact match makes equal (see `metrics.fold`).
-        by: the field to slice by: a record's, a path as `json_fields.flatten` has it, or "answer_length" or "page_size";
+        by: the field to slice by: a path as `json_fields.flatten` has it, or "answer_length" or "page_size";
             None for none.
         images_dir: folder of the images, for page_size.
         keep_wrong: whether to return the wrong rows.
